@@ -1,0 +1,1 @@
+"""What users call, on Spark. The only room that imports pyspark."""
