@@ -1,0 +1,66 @@
+# The commands of this project. Each is enough on a new machine with Python 3.11, Java 17, gcc and make.
+
+PYTHON ?= python3
+
+BIN := .venv/bin
+METADATA := setup.cfg setup.py
+# Two installs at once would break the environment: `make -j demo test`, or two terminals.
+LOCK := $(if $(shell command -v flock 2>/dev/null),flock .venv/.lock)
+INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable
+
+# Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
+export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
+
+.PHONY: help demo test lint bench clean distclean check-machine
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
+	@echo "make test       all tests"
+	@echo "make lint       ruff, mypy, the import rule"
+	@echo "make bench      measure step time, start-up and memory (minutes; on a quiet machine)"
+	@echo "make clean      remove caches and build products; 'make distclean' removes .venv as well"
+
+demo: .venv/.demo
+	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py --master "local[2]" --num-ranks 2
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/test_doors.py
+
+# A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.
+bench: .venv/.test
+	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf spark-warehouse metastore_db derby.log
+	find allreduce_spark tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv
+
+# Said before anything is downloaded: what the machine itself lacks, and how to get it.
+check-machine:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "There is no '$(PYTHON)' here: install Python 3.11, or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@"$(PYTHON)" -m allreduce_spark.cli.main doctor --only python,java
+
+# An environment without pip is what is left where Debian's python3-venv was missing: begin again.
+.venv/.created: | check-machine
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@touch $@
+
+.venv/.demo: $(METADATA) .venv/.created | check-machine
+	$(INSTALL) ".[demo]"
+	@touch $@
+
+.venv/.test: $(METADATA) .venv/.created | check-machine
+	$(INSTALL) ".[demo,test]"
+	@touch $@

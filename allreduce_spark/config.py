@@ -1,0 +1,146 @@
+"""The settings of a fit: frozen, and checked once, on the driver, before any task starts. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from allreduce_spark.errors import ConfigError
+
+__all__ = ["FitConfig", "Timeouts", "check_num_ranks"]
+
+MAX_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long each phase of a fit may take, in seconds. Every wait of the library is one of these.
+
+    Attributes:
+        slots_s: Executors that are still registering with a young Spark application.
+        start_s: From the submission of the barrier stage until every agent has connected to the driver.
+        spool_s: Reading and writing down all shards; includes everything upstream of them in the user's Spark job.
+        import_s: Importing TensorFlow and loading the model, in every rank.
+        init_s: Opening the communicator.
+        step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.
+        collective_s: One rank waiting for the others in one collective.
+        result_s: Bringing the weights from the root to the driver.
+        teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known.
+        heartbeat_s: From one sign of life to the next, between driver and agents, in both directions.
+        silence_s: Without a sign of life for so long, the other end is taken for dead.
+    """
+
+    slots_s: float = 30.0
+    start_s: float = 120.0
+    spool_s: float = 3600.0
+    import_s: float = 300.0
+    init_s: float = 120.0
+    step_s: float = 1800.0
+    collective_s: float = 1800.0
+    result_s: float = 600.0
+    teardown_s: float = 20.0
+    heartbeat_s: float = 1.0
+    silence_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+                raise ConfigError(f"Timeouts.{field.name} must be a positive number of seconds, got {value!r}.")
+        if self.silence_s <= 2 * self.heartbeat_s:
+            raise ConfigError(
+                f"Timeouts.silence_s={self.silence_s} must be more than twice heartbeat_s={self.heartbeat_s}, "
+                "or one late heartbeat ends the fit."
+            )
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What `keras.Model.fit` needs to know on every rank, with Keras's own names and meanings.
+
+    Attributes:
+        epochs: Index of the last epoch, plus one.
+        batch_size: Rows per rank per step; the global batch is `batch_size * world_size` rows.
+        initial_epoch: Epoch to start at.
+        validation_split: Share of the rows, 0 <= share < 1, that is held out for validation: the last rows of each shard.
+        validation_batch_size: Rows per rank per validation step.
+        validation_freq: Validate after every so many epochs.
+        shuffle: Draw a new order of each shard's rows for every epoch, from (seed, epoch, rank).
+        class_weight: From class index to the weight of its rows in the loss, or None.
+        seed: Seed of shuffling and of everything random in the ranks, 0 <= seed < 2**32.
+    """
+
+    epochs: int = 1
+    batch_size: int = 32
+    initial_epoch: int = 0
+    validation_split: float = 0.0
+    validation_batch_size: int | None = None
+    validation_freq: int = 1
+    shuffle: bool = True
+    class_weight: dict[int, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("epochs", self.epochs, at_least=1)
+        _check_count("batch_size", self.batch_size, at_least=1)
+        _check_count("initial_epoch", self.initial_epoch, at_least=0)
+        _check_count("validation_freq", self.validation_freq, at_least=1)
+        _check_count("seed", self.seed, at_least=0)
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed must be below 2**32, got {self.seed}.")
+        if self.validation_batch_size is not None:
+            _check_count("validation_batch_size", self.validation_batch_size, at_least=1)
+        if self.initial_epoch >= self.epochs:
+            raise ConfigError(
+                f"initial_epoch={self.initial_epoch} leaves nothing to train: epochs={self.epochs} is the index of the "
+                "epoch to stop before (as in Keras), not a number of further epochs."
+            )
+        split = self.validation_split
+        if isinstance(split, bool) or not isinstance(split, Real) or not 0 <= split < 1:
+            raise ConfigError(f"validation_split must be a share of the rows, 0 <= share < 1, got {split!r}.")
+        if not isinstance(self.shuffle, bool):
+            raise ConfigError(f"shuffle must be True or False, got {self.shuffle!r}.")
+        if self.class_weight is not None:
+            _check_class_weight(self.class_weight)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; `from_json` is the way back."""
+        fields = dataclasses.asdict(self)
+        if self.class_weight is not None:
+            fields["class_weight"] = sorted(self.class_weight.items())
+        return fields
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> FitConfig:
+        weights = fields["class_weight"]
+        return cls(**{**fields, "class_weight": None if weights is None else {int(k): float(v) for k, v in weights}})
+
+
+def check_num_ranks(num_ranks: object) -> int:
+    """Return `num_ranks` as an int, or raise ConfigError where it is no number of ranks."""
+    _check_count("num_ranks", num_ranks, at_least=1)
+    count = int(num_ranks)  # type: ignore[call-overload]
+    if count > MAX_RANKS:
+        raise ConfigError(f"num_ranks={count} is more than this library is made for ({MAX_RANKS}).")
+    return count
+
+
+def _check_count(name: str, value: object, *, at_least: int) -> None:
+    # numpy integers are Integral too; bool is as well, and `epochs=True` is never meant.
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}.")
+    if value < at_least:
+        raise ConfigError(f"{name} must be at least {at_least}, got {value}.")
+
+
+def _check_class_weight(weights: object) -> None:
+    if not isinstance(weights, dict) or not weights:
+        raise ConfigError(f"class_weight must be a dict from class index to weight, got {weights!r}.")
+    for label, weight in weights.items():
+        if isinstance(label, bool) or not isinstance(label, Integral) or label < 0:
+            raise ConfigError(f"class_weight has the key {label!r}; keys are class indices 0, 1, 2, ...")
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+            raise ConfigError(f"class_weight[{label}] must be a finite number >= 0, got {weight!r}.")

@@ -1,0 +1,166 @@
+"""The agent's end of the connection to the driver, and the agent's and the rank's ends of the channel between them.
+
+Blocking sockets, one lock for sending. `Connection` is the authenticated one over the network; `Channel` is a socket pair
+on one machine, which needs no keys. Both speak the frames of `protocol`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from allreduce_spark.errors import AuthenticationError, RendezvousError, RendezvousTimeoutError
+from allreduce_spark.rendezvous import protocol
+from allreduce_spark.rendezvous.protocol import Codec, Message
+
+__all__ = ["Channel", "Connection"]
+
+CONNECT_S = 30.0
+READ_BYTES = 1 << 18
+GOODBYE_S = 1.0
+
+
+class Channel:
+    """Messages over a connected stream socket."""
+
+    def __init__(self, sock: socket.socket, codec: Codec | None = None) -> None:
+        self._socket, self._codec = sock, codec or Codec()
+        self._sending = threading.Lock()
+        self._received: deque[Message] = deque()
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, kind: str, body: bytes = b"", **fields: Any) -> None:
+        """Send one message; may be called from several threads.
+
+        Raises:
+            OSError: The other end is gone.
+        """
+        with self._sending:
+            self._socket.sendall(self._codec.encode(Message(kind, fields, body)))
+
+    def messages(self) -> list[Message]:
+        """What has come in; reads the socket once, so call it when `fileno` is readable.
+
+        Raises:
+            EOFError: The other end has closed, or is gone.
+        """
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+        if not data:
+            raise EOFError("the other end closed the connection")
+        return list(self._codec.feed(data))
+
+    def receive(self, timeout_s: float) -> Message:
+        """The next message, waiting for it `timeout_s` at most.
+
+        Raises:
+            EOFError: The other end is gone.
+            RendezvousTimeoutError: Nothing came in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._received:
+            readable, _, _ = select.select([self], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                raise RendezvousTimeoutError(f"nothing was received within {timeout_s:.0f} s")
+            self._received.extend(self.messages())
+        return self._received.popleft()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Connection(Channel):
+    """The agent's authenticated connection to the rendezvous. A thread sends heartbeats until `close`.
+
+    Attributes:
+        local_address: Address of this host on the interface that leads to the driver.
+        heard_at: When the driver was last heard, on the monotonic clock.
+    """
+
+    def __init__(self, address: tuple[str, int], key: bytes) -> None:
+        """Connect and prove that both ends hold `key`.
+
+        Raises:
+            RendezvousError: The driver cannot be reached.
+            AuthenticationError: Whoever listens there does not hold the key.
+        """
+        try:
+            sock = socket.create_connection(address, timeout=CONNECT_S)
+        except OSError as error:
+            raise RendezvousError(
+                f"{socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} ({error}). Executors must be "
+                "able to open TCP connections to the driver: see spark.driver.host, and firewalls between them."
+            ) from error
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            codec = _authenticate(sock, key)
+        except (OSError, EOFError) as error:
+            sock.close()
+            raise RendezvousError(f"the driver at {address[0]}:{address[1]} hung up: {error}") from error
+        except RendezvousError:
+            sock.close()
+            raise
+        sock.settimeout(None)
+        super().__init__(sock, codec)
+        self.local_address: str = sock.getsockname()[0]
+        self.heard_at = time.monotonic()
+        self._closing = threading.Event()
+
+    def messages(self) -> list[Message]:
+        received = super().messages()
+        self.heard_at = time.monotonic()
+        return received
+
+    def start_heartbeats(self, interval_s: float, place: Callable[[], tuple[str, int, int]]) -> None:
+        """Tell the driver every `interval_s` where the rank is: (phase, epoch, step)."""
+
+        def beat() -> None:
+            while not self._closing.wait(interval_s):
+                phase, epoch, step = place()
+                try:
+                    self.send("heartbeat", phase=phase, epoch=epoch, step=step)
+                except OSError:
+                    return  # The reading side finds out and says so.
+
+        threading.Thread(target=beat, name="allreduce-spark-heartbeat", daemon=True).start()
+
+    def close(self) -> None:
+        self._closing.set()
+        # Closing with unread bytes in the buffer would reset the connection, and the driver could lose our last message:
+        # so say goodbye, and read until the driver has hung up.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(GOODBYE_S)
+            while self._socket.recv(READ_BYTES):
+                pass
+        super().close()
+
+
+def _authenticate(sock: socket.socket, key: bytes) -> Codec:
+    received = _read_exactly(sock, protocol.CHALLENGE_BYTES)
+    answer, expected_proof, codec = protocol.answer_challenge(key, received, secrets.token_bytes(protocol.NONCE_BYTES))
+    sock.sendall(answer)
+    if not secrets.compare_digest(_read_exactly(sock, protocol.PROOF_BYTES), expected_proof):
+        raise AuthenticationError("whoever listens at the driver's address does not hold the key of this fit")
+    return codec
+
+
+def _read_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise EOFError("the connection ended during authentication")
+        data += piece
+    return data

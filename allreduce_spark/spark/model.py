@@ -1,0 +1,266 @@
+"""`SparkModel`: fit, evaluate and predict of a Keras model on all the rows that Spark holds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import secrets
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyspark import RDD, SparkContext
+from pyspark.sql import DataFrame
+
+from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
+from allreduce_spark.data.spec import RowSpec, common_spec
+from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.rendezvous.server import Rendezvous
+from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
+from allreduce_spark.spark.progress import Display
+from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
+from allreduce_spark.spark.stage import StageTask, check_cluster, count_slots, driver_addresses, run_stage
+from allreduce_spark.training.checks import check_callbacks, check_model
+from allreduce_spark.training.inference import InferenceTask, result_of
+from allreduce_spark.training.job import make_job, pickle_objects
+from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
+from allreduce_spark.training.result import take_over
+
+if TYPE_CHECKING:
+    import keras
+
+__all__ = ["SparkModel"]
+
+log = logging.getLogger(__name__)
+
+
+class SparkModel:
+    """A compiled Keras model that is trained by several ranks on Spark, exactly as one process would train it.
+
+    Each rank holds the whole model and a part of the rows; after each batch the ranks combine their gradients by all-reduce.
+    Fitting changes the Keras model that was passed in, weights and optimizer state, as `keras.Model.fit` does.
+
+    Args:
+        model: Compiled. It may be unbuilt; then the first fit builds it.
+        num_ranks: How many ranks train together; each takes one slot (`spark.task.cpus` cores) of the application. None takes
+            all slots.
+        custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
+            Keras, or are found in the model, need not be named.
+        timeouts: Deadlines of all that a fit waits for.
+
+    Raises:
+        ConfigError: The model is not compiled, or num_ranks is no positive integer.
+
+    Example:
+        >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
+        >>> history = spark_model.fit((x, y), epochs=5)             # doctest: +SKIP
+        >>> spark_model.evaluate((x_test, y_test))                  # doctest: +SKIP
+        {'loss': 0.08, 'accuracy': 0.97}
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        num_ranks: int | None = None,
+        *,
+        custom_objects: dict[str, Any] | None = None,
+        timeouts: Timeouts | None = None,
+    ) -> None:
+        self.model = check_model(model)
+        self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
+        self.timeouts = timeouts or Timeouts()
+        self._custom_objects = dict(custom_objects or {})
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int = 1,
+        batch_size: int = 32,
+        verbose: int | str = "auto",
+        callbacks: Sequence[keras.callbacks.Callback] | None = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        class_weight: dict[int, float] | None = None,
+        initial_epoch: int = 0,
+        validation_batch_size: int | None = None,
+        validation_freq: int = 1,
+        features_col: str | Sequence[str] = "features",
+        label_col: str | Sequence[str] = "label",
+        weight_col: str | None = None,
+        seed: int | None = None,
+    ) -> keras.callbacks.History:
+        """Train the model; names and meanings are those of `keras.Model.fit`.
+
+        Args:
+            data: Arrays `(x, y)` or `(x, y, sample_weight)`, an RDD of such pairs for single rows, or a DataFrame. x and y
+                may be dicts or tuples of arrays, for models with several inputs or outputs.
+            epochs, initial_epoch: As in Keras.
+            batch_size: Rows per rank per step; the global batch has `batch_size * num_ranks` rows.
+            verbose: 1 or "auto" for a progress bar, 2 for a line per epoch, 0 for silence.
+            callbacks: Keras callbacks. They run on every rank and see the same logs there; those that write files
+                (ModelCheckpoint, CSVLogger, TensorBoard, and callbacks with `root_only = True`) run on rank 0 only.
+            validation_split: Share of the rows to hold out: the last rows of each shard.
+            validation_data: Rows to validate on, in any of the forms of `data`.
+            shuffle: Whether each epoch has its own order of rows.
+            class_weight: From class index to the weight of its rows in the loss.
+            validation_batch_size, validation_freq: As in Keras.
+            features_col, label_col, weight_col: Columns of a DataFrame. Several feature columns are a dict of inputs.
+            seed: Of the order of rows and of all randomness in the ranks. None draws one with `random`, which
+                `keras.utils.set_random_seed` seeds.
+
+        Returns:
+            The history of this fit. Metrics are those of all ranks' rows.
+
+        Raises:
+            ConfigError, DataError: Something about the arguments or the rows cannot work; no rank has started.
+            RankFailedError: A rank failed; says which one was first, and why.
+            CancelledError: The Spark job was cancelled.
+        """
+        config = FitConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            initial_epoch=initial_epoch,
+            validation_split=validation_split,
+            validation_batch_size=validation_batch_size,
+            validation_freq=validation_freq,
+            shuffle=shuffle,
+            class_weight=class_weight,
+            seed=random.randrange(2**32) if seed is None else seed,
+        )
+        users = check_callbacks(callbacks or ())
+        columns = _columns(features_col, label_col, weight_col)
+        if validation_split and validation_data is not None:
+            raise ConfigError("validation_split and validation_data are both given; choose one")
+        level = _verbosity(verbose)
+        context = _spark_context()
+        num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
+        shards = shards_of(context, data, validation_data, columns, num_ranks)
+
+        job = make_job(self.model, self._custom_objects, users, config, self.timeouts)
+        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+            result = Path(folder) / "result"
+            with contextlib.closing(Display(level, epochs, num_ranks)) as display, result.open("wb") as file:
+                key = secrets.token_bytes(32)
+                rendezvous = Rendezvous(
+                    num_ranks,
+                    key,
+                    self.timeouts,
+                    approve=lambda joins: _approve(joins, config),
+                    on_progress=display.report,
+                    on_result=file.write,
+                )
+                listen_host, reachable_host = driver_addresses(context)
+                _, port = rendezvous.start(listen_host)
+                task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
+                display.show_phase("start")
+                run_stage(context, shards, rendezvous, task, display.draw)
+            return take_over(self.model, result)
+
+    def evaluate(
+        self,
+        data: Any,
+        *,
+        batch_size: int = 32,
+        features_col: str | Sequence[str] = "features",
+        label_col: str | Sequence[str] = "label",
+        weight_col: str | None = None,
+    ) -> dict[str, float]:
+        """Loss and metrics over all rows of `data`, computed where they are.
+
+        Not an average over partitions: metric states are combined, so AUC, mean IoU and the like are exact.
+
+        Args:
+            data: As for `fit`.
+            batch_size: Rows per batch.
+            features_col, label_col, weight_col: As for `fit`.
+
+        Returns:
+            Name -> value, "loss" first.
+        """
+        context = _spark_context()
+        columns = _columns(features_col, label_col, weight_col)
+        blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
+        return result_of(self.model, evaluate_blocks(self._inference_task(batch_size), blocks))
+
+    def predict(self, data: Any, *, batch_size: int = 32, features_col: str | Sequence[str] = "features") -> Any:
+        """The model's predictions for all rows, in the order of `data`, brought to the driver.
+
+        Args:
+            data: As for `fit`; labels are not needed and not looked at. An array is x itself. An RDD may also hold single x
+                that are no tuples.
+            batch_size: Rows per batch.
+            features_col: As for `fit`.
+
+        Returns:
+            An array of shape (rows, ...), or arrays in the structure of the model's outputs.
+        """
+        context = _spark_context()
+        columns = _columns(features_col, (), None)
+        blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
+        return concatenate(predict_blocks(self._inference_task(batch_size), blocks))
+
+    def _inference_task(self, batch_size: int) -> InferenceTask:
+        FitConfig(batch_size=batch_size)  # checks it
+        objects = pickle_objects({**custom_objects_of(self.model), **self._custom_objects})
+        return InferenceTask(model_to_bytes(self.model), objects, batch_size)
+
+
+def _spark_context() -> SparkContext:
+    context = SparkContext._active_spark_context
+    if context is None:
+        raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
+    return context
+
+
+def _verbosity(verbose: int | str) -> int:
+    if verbose == "auto":
+        return 1
+    if isinstance(verbose, bool) or verbose not in (0, 1, 2):
+        raise ConfigError(f"verbose must be 0, 1, 2 or 'auto', got {verbose!r}")
+    return int(verbose)
+
+
+def _columns(features: str | Sequence[str], label: str | Sequence[str], weight: str | None) -> Columns:
+    def names(argument: str, value: Any) -> tuple[str, ...]:
+        value = (value,) if isinstance(value, str) else tuple(value)
+        if not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{argument} must be a column name or a list of them, got {value!r}")
+        return value
+
+    return Columns(names("features_col", features), names("label_col", label), weight)
+
+
+def _approve(joins: Sequence[Join], config: FitConfig) -> dict[str, Any]:
+    """Check what the shards hold before any rank starts: enough rows, and rows of one kind."""
+    rows = sum(join.rows for join in joins)
+    if rows == 0:
+        raise DataError("the training data has no rows")
+    if config.validation_split and int(rows * (1 - config.validation_split)) == 0:
+        raise DataError(f"validation_split={config.validation_split} of {rows} rows leaves none to train on")
+
+    def agree(which: str) -> str | None:
+        agreed: tuple[RowSpec, str] | None = None
+        for join in joins:
+            text = getattr(join, which)
+            if text is not None:
+                name = f"the shard of rank {join.rank}"
+                spec = RowSpec.from_json(text)
+                agreed = (common_spec(agreed[0], spec, (agreed[1], name)) if agreed else spec, name)
+        return agreed[0].to_json() if agreed else None
+
+    return {"spec": agree("spec"), "validation_spec": agree("validation_spec")}
+
+
+def _without_labels(data: Any) -> Any:
+    if isinstance(data, RDD):
+        return data.map(lambda row: (row[0],) if isinstance(row, tuple) else (row,))
+    if isinstance(data, DataFrame):
+        return data
+    if isinstance(data, tuple):
+        return data[:1]
+    return (data,)

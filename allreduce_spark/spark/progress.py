@@ -1,0 +1,93 @@
+"""What a user sees while a fit runs: a progress bar (verbose=1), a line per epoch (verbose=2), or nothing (verbose=0)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from tqdm.auto import tqdm
+
+__all__ = ["Display"]
+
+log = logging.getLogger(__name__)
+
+
+class Display:
+    """Shows the progress of one fit.
+
+    `report` is called in the thread of the rendezvous and only takes notes; `draw` is called in the user's thread.
+
+    Args:
+        verbose: As in Keras: 0 silent, 1 a bar, 2 a line per epoch.
+        epochs: Index of the last epoch, plus one.
+        num_ranks: For the text of the bar.
+    """
+
+    def __init__(self, verbose: int, epochs: int, num_ranks: int) -> None:
+        self._verbose, self._epochs, self._num_ranks = verbose, epochs, num_ranks
+        self._lock = threading.Lock()
+        self._notes: list[dict[str, Any]] = []
+        self._bar: tqdm | None = None
+        self._epoch: int | None = None
+        self._epoch_started_at = time.monotonic()
+        self._phase = ""
+
+    def report(self, fields: dict[str, Any]) -> None:
+        with self._lock:
+            if self._notes and not self._notes[-1].get("epoch_done") and "epoch" in fields and "epoch" in self._notes[-1]:
+                self._notes[-1] = fields  # nobody has seen the older one
+            else:
+                self._notes.append(fields)
+
+    def draw(self) -> None:
+        with self._lock:
+            notes, self._notes = self._notes, []
+        for fields in notes:
+            if "phase" in fields:
+                self.show_phase(fields["phase"])
+            else:
+                self._show_step(**fields)
+
+    def show_phase(self, phase: str) -> None:
+        """What everybody waits for before the first step."""
+        if phase == self._phase or phase in ("train", "validate", "result", "teardown"):
+            return
+        self._phase = phase
+        if self._verbose == 1 and self._epoch is None:
+            if self._bar is None:
+                self._bar = tqdm(bar_format="{desc} [{elapsed}]", leave=False)
+            self._bar.set_description_str(f"{self._num_ranks} ranks: {phase}")
+
+    def _show_step(
+        self, epoch: int, steps_done: int, steps: int, rows: int, logs: dict[str, float], epoch_done: bool
+    ) -> None:
+        if epoch != self._epoch:
+            self._begin_epoch(epoch, steps)
+        elapsed = max(time.monotonic() - self._epoch_started_at, 1e-9)
+        text = " - ".join(f"{name}: {value:.4g}" for name, value in logs.items())
+        if self._bar is not None and self._verbose == 1:
+            self._bar.set_postfix_str(f"{text} - {rows / elapsed:.0f} rows/s" if text else "", refresh=False)
+            self._bar.update(steps_done - self._bar.n)
+            if epoch_done:
+                self._bar.refresh()
+        elif self._verbose == 2 and epoch_done:
+            print(f"Epoch {epoch + 1}/{self._epochs} - {steps} steps - {elapsed:.1f}s - {text}", flush=True)
+
+    def _begin_epoch(self, epoch: int, steps: int) -> None:
+        self._close_bar()
+        if self._epoch is not None:
+            self._epoch_started_at = time.monotonic()
+        self._epoch = epoch
+        if self._verbose == 1:
+            self._bar = tqdm(total=steps, desc=f"Epoch {epoch + 1}/{self._epochs}", unit="step")
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def close(self) -> None:
+        self.draw()
+        self._close_bar()

@@ -1,0 +1,162 @@
+"""RDD | DataFrame | arrays -> blocks: whatever the user has, as bytes, in one partition per rank or in its own order.
+
+`shards_of` is for training: every rank's rows in the partition with its number. `blocks_of` is for inference: the blocks
+stay in the partitions they come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import pyarrow as pa
+from pyspark import RDD, SparkContext, TaskContext
+from pyspark.ml.functions import vector_to_array
+from pyspark.ml.linalg import VectorUDT
+from pyspark.mllib.linalg import VectorUDT as OldVectorUDT
+from pyspark.sql import DataFrame
+from pyspark.sql.pandas.types import to_arrow_schema
+
+from allreduce_spark.data.arrays import arrays_to_blocks
+from allreduce_spark.data.rows import rows_to_blocks
+from allreduce_spark.data.tables import check_columns, table_to_blocks
+from allreduce_spark.errors import DataError
+
+__all__ = ["Columns", "blocks_of", "shards_of"]
+
+# So much of the driver's arrays goes to each rank in one task; more takes the way of an RDD, through a shuffle.
+DIRECT_BYTES_PER_RANK = 512 << 20
+BLOCKS_PER_SLICE = 8
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a DataFrame are what.
+
+    Attributes:
+        features: One column is x itself; several are a dict of inputs.
+        label: Likewise y; empty where there is none.
+        weight: Sample weights, or None.
+    """
+
+    features: tuple[str, ...] = ("features",)
+    label: tuple[str, ...] = ("label",)
+    weight: str | None = None
+
+
+def shards_of(context: SparkContext, data: Any, validation: Any, columns: Columns, num_ranks: int) -> RDD[bytes]:
+    """The rows of every rank as blocks, in the partition with the rank's number.
+
+    Args:
+        data: An RDD of (x, y[, sample_weight]), a DataFrame, or arrays (x, y[, sample_weight]).
+        validation: Likewise, or None; its blocks travel along with the role "validation".
+        columns: For DataFrames.
+
+    Raises:
+        DataError: Arrays or columns that can be seen here to be unfit. What is wrong with single rows of an RDD or a
+            DataFrame shows when the stage reads them.
+    """
+    parts = {"train": data, "validation": validation}
+    pairs = {role: _pairs(part, role, columns, num_ranks) for role, part in parts.items() if part is not None}
+    if all(isinstance(part, list) for part in pairs.values()):
+        per_rank = _by_shard([pair for part in pairs.values() for pair in part], num_ranks)
+        if max(sum(map(len, blocks)) for blocks in per_rank) <= DIRECT_BYTES_PER_RANK:
+            return _one_slice_per_rank(context, per_rank)
+    rdds = [
+        part if isinstance(part, RDD) else context.parallelize(part, -(-len(part) // BLOCKS_PER_SLICE))
+        for part in pairs.values()
+    ]
+    return context.union(rdds).partitionBy(num_ranks, _own_number).values()
+
+
+def blocks_of(context: SparkContext, data: Any, columns: Columns, num_slices: int) -> RDD[bytes]:
+    """The rows as blocks for inference, partition by partition in the order of the data.
+
+    Args:
+        num_slices: Into how many partitions arrays are cut.
+    """
+    pairs = _pairs(data, "train", columns, 1)
+    if isinstance(pairs, list):
+        return context.parallelize([block for _, block in pairs], min(num_slices, len(pairs)))
+    return pairs.values()
+
+
+def _pairs(data: Any, role: str, columns: Columns, num_shards: int) -> list[tuple[int, bytes]] | RDD[tuple[int, bytes]]:
+    """(number of the shard, block): a list where the data is on the driver, an RDD where it is not."""
+    if isinstance(data, RDD):
+        return data.mapPartitionsWithIndex(partial(_blocks_of_rows, role=role, num_shards=num_shards))
+    if isinstance(data, DataFrame):
+        return _pairs_of_frame(data, role, columns, num_shards)
+    if isinstance(data, (tuple, list)) and len(data) in (1, 2, 3):
+        return list(arrays_to_blocks(*data, role=role, num_shards=num_shards))
+    raise DataError(
+        f"the {role} data is a {type(data).__name__}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs, "
+        "or a DataFrame"
+    )
+
+
+def _blocks_of_rows(partition: int, rows: Iterable[Any], *, role: str, num_shards: int) -> Iterator[tuple[int, bytes]]:
+    return rows_to_blocks(rows, partition=partition, role=role, num_shards=num_shards)
+
+
+def _pairs_of_frame(frame: DataFrame, role: str, columns: Columns, num_shards: int) -> RDD[tuple[int, bytes]]:
+    selected = _select(frame, columns)
+    check_columns(to_arrow_schema(selected.schema), **_names(columns))
+    task = partial(_blocks_of_batches, columns=columns, role=role, num_shards=num_shards)
+    return selected.mapInArrow(task, "shard int, block binary").rdd.map(_pair)
+
+
+def _names(columns: Columns) -> dict[str, Any]:
+    return {"features": columns.features, "label": columns.label, "weight": columns.weight}
+
+
+def _select(frame: DataFrame, columns: Columns) -> DataFrame:
+    """The columns that are needed, ML vectors as arrays."""
+    wanted = [*columns.features, *columns.label, *([columns.weight] if columns.weight else [])]
+    missing = [name for name in wanted if name not in frame.columns]
+    if missing:
+        raise DataError(f"the DataFrame has no column {missing[0]!r}; its columns are {frame.columns}")
+    types = {field.name: field.dataType for field in frame.schema.fields}
+    return frame.select(
+        [
+            vector_to_array(frame[name]).alias(name) if isinstance(types[name], (VectorUDT, OldVectorUDT)) else frame[name]
+            for name in dict.fromkeys(wanted)
+        ]
+    )
+
+
+def _blocks_of_batches(
+    batches: Iterable[pa.RecordBatch], *, columns: Columns, role: str, num_shards: int
+) -> Iterator[pa.RecordBatch]:
+    context = TaskContext.get()
+    assert context is not None
+    pairs = table_to_blocks(
+        batches, **_names(columns), partition=context.partitionId(), role=role, num_shards=num_shards
+    )
+    for shard, block in pairs:
+        yield pa.RecordBatch.from_pydict({"shard": pa.array([shard], pa.int32()), "block": pa.array([block], pa.binary())})
+
+
+def _pair(row: Any) -> tuple[int, bytes]:
+    return row[0], bytes(row[1])
+
+
+def _own_number(shard: int) -> int:
+    return shard
+
+
+def _by_shard(pairs: Sequence[tuple[int, bytes]], num_ranks: int) -> list[list[bytes]]:
+    shards: list[list[bytes]] = [[] for _ in range(num_ranks)]
+    for shard, block in pairs:
+        shards[shard].append(block)
+    return shards
+
+
+def _one_slice_per_rank(context: SparkContext, shards: list[list[bytes]]) -> RDD[bytes]:
+    """Without a shuffle: Spark cuts a list into equal slices, so equally many (some empty) blocks per rank give one slice each."""
+    columns = list(zip_longest(*shards, fillvalue=b"")) or [(b"",) * len(shards)]
+    blocks = [block for shard in zip(*columns, strict=True) for block in shard]
+    return context.parallelize(blocks, len(shards)).filter(bool)

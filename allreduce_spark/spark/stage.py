@@ -1,0 +1,223 @@
+"""The barrier stage of a fit: count the slots, submit it, wait for the outcome, and leave Spark as it was.
+
+The stage is one Spark job, submitted from a thread of its own, so that the calling thread can show progress and be
+interrupted. The outcome is known from the rendezvous, not from Spark: agents report failures to the driver and then return
+normally, so Spark neither retries nor prints a page of Java for an error in the user's model.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pyspark import RDD, BarrierTaskContext, InheritableThread, SparkContext
+
+from allreduce_spark import errors
+from allreduce_spark.config import Timeouts
+from allreduce_spark.errors import AllReduceSparkError, CancelledError, ConfigError, RankFailedError
+from allreduce_spark.launch.agent import AgentTask, run_agent
+from allreduce_spark.rendezvous.group import Failure
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.server import Rendezvous
+
+__all__ = ["StageTask", "check_cluster", "count_slots", "driver_addresses", "run_stage"]
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """What all barrier tasks of a stage have in common."""
+
+    num_ranks: int
+    address: tuple[str, int]
+    key: bytes = field(repr=False)
+    timeouts: Timeouts
+    files: dict[str, bytes] = field(repr=False)
+
+
+def count_slots(context: SparkContext) -> int:
+    """How many barrier tasks the application could run at once, if nothing else ran."""
+    scala_context = context._jsc.sc()
+    profile = scala_context.resourceProfileManager().defaultResourceProfile()
+    return int(scala_context.maxNumConcurrentTasks(profile))
+
+
+def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeouts) -> int:
+    """Make sure that a barrier stage of `num_ranks` tasks can run, before it is submitted.
+
+    Spark itself would say nothing for ten minutes (40 checks, 15 s apart). A young application on a cluster is given
+    `slots_s` for its executors to register; in local mode the slots are known at once.
+
+    Args:
+        num_ranks: How many ranks are asked for; None for as many as there are slots.
+
+    Returns:
+        The number of ranks.
+
+    Raises:
+        ConfigError: There are too few slots, or dynamic allocation is on.
+    """
+    settings = context.getConf()
+    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+        raise ConfigError(
+            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
+            "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
+        )
+    deadline = context.startTime / 1000 + timeouts.slots_s  # a Unix time, as startTime is
+    wanted = num_ranks or 1
+    while (slots := count_slots(context)) < wanted and not _is_local(context) and time.time() < deadline:
+        time.sleep(POLL_S)
+    if slots < wanted:
+        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if _is_local(context) else 1)
+        raise ConfigError(
+            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots} (master "
+            f"{context.master}, {executors} executors, spark.task.cpus={settings.get('spark.task.cpus', '1')}). A barrier "
+            f"stage starts all its ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
+        )
+    return num_ranks or slots
+
+
+def _is_local(context: SparkContext) -> bool:
+    return context.master.split("[")[0] == "local"
+
+
+def driver_addresses(context: SparkContext) -> tuple[str, str]:
+    """(where the driver should listen, under which name executors reach it)."""
+    if _is_local(context):
+        return "127.0.0.1", "127.0.0.1"
+    settings = context.getConf()
+    reachable = settings.get("spark.driver.host")
+    return settings.get("spark.driver.bindAddress") or reachable, reachable
+
+
+def run_stage(
+    context: SparkContext,
+    shards: RDD[bytes],
+    rendezvous: Rendezvous,
+    task: StageTask,
+    on_wait: Callable[[], None],
+) -> dict[str, Any]:
+    """Run one agent per partition of `shards` until the rendezvous knows the outcome.
+
+    Args:
+        shards: The blocks of each rank's rows, one partition per rank.
+        rendezvous: Started.
+        task: What the agents are told.
+        on_wait: Called many times a second, in this thread; draws the progress bar.
+
+    Returns:
+        What the root reported at its end.
+
+    Raises:
+        RankFailedError, DataError, ...: The first cause of a failure.
+        CancelledError: The job was cancelled from outside.
+        KeyboardInterrupt: Ctrl-C. All ranks are dead by then.
+    """
+    tag = f"allreduce_spark-{secrets.token_hex(4)}"
+    job = _Job(context, tag, shards.barrier().mapPartitions(partial(_be_agent, task)))
+    try:
+        job.start()
+        while not rendezvous.wait(POLL_S):
+            on_wait()
+            if job.ended:
+                rendezvous.fail(_failure_of_job(job.error))
+    except BaseException as interruption:
+        rendezvous.fail(Failure("Interrupted", f"interrupted on the driver: {type(interruption).__name__}"))
+        rendezvous.wait(task.timeouts.teardown_s)
+        raise
+    finally:
+        if rendezvous.failure is not None:
+            job.cancel()  # for agents that still read rows and do not listen
+        rendezvous.close()
+        job.join(task.timeouts.teardown_s)
+    if rendezvous.failure is not None:
+        raise _error_of(rendezvous.failure) from job.error
+    assert rendezvous.result is not None
+    return rendezvous.result
+
+
+def _be_agent(task: StageTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+    """The body of a barrier task."""
+    context = BarrierTaskContext.get()
+    rank = context.partitionId()
+    hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
+    gpus = context.resources().get("gpu")
+    agent = AgentTask(
+        rank=rank,
+        num_ranks=task.num_ranks,
+        address=task.address,
+        key=task.key,
+        timeouts=task.timeouts,
+        local_size=hosts.count(hosts[rank]),
+        task_cpus=context.cpus(),
+        gpus=tuple(gpus.addresses) if gpus else None,
+        files=task.files,
+    )
+    run_agent(agent, iter(blocks))
+    return iter(())
+
+
+class _Job:
+    """The Spark job of a stage, in a thread of its own. It inherits the caller's job group, so cancelling that works."""
+
+    def __init__(self, context: SparkContext, tag: str, stage: RDD[Any]) -> None:
+        self._context, self._tag, self._stage = context, tag, stage
+        self._thread = InheritableThread(target=self._run, name=tag)
+        self._thread.daemon = True
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._context.addJobTag(self._tag)
+        try:
+            self._stage.collect()
+        except Exception as error:  # whatever Spark raises; `_failure_of_job` reads it
+            self.error = error
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def cancel(self) -> None:
+        if not self.ended:
+            self._context.cancelJobsWithTag(self._tag)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+        if not self.ended:
+            log.warning("the Spark job of the fit has not ended %.0f s after its ranks", timeout_s)
+
+
+def _failure_of_job(error: Exception | None) -> Failure:
+    """What it means that the Spark job ended before the rendezvous knew the outcome."""
+    if error is None:
+        return Failure("StageEnded", "the barrier stage ended, but not all ranks have reported that they are done")
+    text = str(error)
+    if "cancelled" in text.lower():
+        return Failure("CancelledError", f"the Spark job was cancelled: {text.splitlines()[0]}")
+    return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value)
+
+
+def _error_of(failure: Failure) -> AllReduceSparkError:
+    """The exception for a failure: errors of this library as they are, everything else as RankFailedError."""
+    kind = getattr(errors, failure.error, None) if failure.error in errors.__all__ else None
+    if kind in (errors.DataError, ConfigError, CancelledError, errors.MissingDependencyError):
+        return kind(failure.cause)
+    return RankFailedError(
+        failure.cause,
+        rank=failure.rank,
+        host=failure.host,
+        phase=failure.phase,
+        step=failure.step,
+        log_tail=failure.log_tail,
+    )

@@ -1,0 +1,120 @@
+"""Shard -> batches: the same number of steps on every rank, every row exactly once an epoch, in an order that can be
+worked out again from (seed, epoch, rank)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from allreduce_spark.data.shard import Shard
+
+__all__ = ["BatchPlan", "ShardBatches", "validation_rows_of"]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How many rows each rank brings to each step. All ranks hold the same plan.
+
+    Ranks with fewer rows run out first; they then take part with 0 rows, because a rank that stayed away would let the
+    others wait for ever (horovod#118 and many after it).
+
+    Attributes:
+        rows: Rows of each rank, in rank order; at least one rank has some.
+        batch_size: Rows per rank per step, at most.
+
+    >>> plan = BatchPlan(rows=(5, 3), batch_size=2)
+    >>> plan.steps, [plan.rows_of(1, step) for step in range(plan.steps)]
+    (3, [2, 1, 0])
+    """
+
+    rows: tuple[int, ...]
+    batch_size: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return -(-max(self.rows) // self.batch_size)
+
+    def rows_of(self, rank: int, step: int) -> int:
+        return min(max(self.rows[rank] - step * self.batch_size, 0), self.batch_size)
+
+    def total(self, step: int) -> int:
+        """Rows of the global batch."""
+        return sum(self.rows_of(rank, step) for rank in range(len(self.rows)))
+
+
+def validation_rows_of(rows: tuple[int, ...], share: float) -> tuple[int, ...]:
+    """How many rows each rank holds out, so that all together hold out what Keras would of all the rows.
+
+    Keras trains on the first `floor(n * (1 - share))` rows (`keras.Model.fit`, validation_split). Rounding on each rank by
+    itself would distort the share where shards are small.
+
+    >>> validation_rows_of((3, 3, 3), 0.4)
+    (1, 1, 2)
+    """
+    total = sum(rows)
+    held_out = total - int(total * (1 - share))
+    ends = np.cumsum(rows) * held_out // max(total, 1)
+    return tuple(int(count) for count in np.diff(ends, prepend=0))
+
+
+class ShardBatches(keras.utils.PyDataset):
+    """The batches of one rank's shard, as `keras.Model.fit` reads them.
+
+    A step to which this rank brings no row still yields a batch of one row (the shard's first, or zeros), because layers are
+    not made for empty batches. What is computed from it does not count: `optimizer` weighs it with 0 rows and `callbacks`
+    takes back what it did to the metrics.
+
+    Args:
+        shard: The rows; y and sample_weight may be missing.
+        plan: The same on every rank.
+        rank: Which of the plan's ranks this is.
+        first_row: Index in the shard of the first row that belongs to this data set; `plan.rows[rank]` rows follow.
+        seed: Seed of the order of rows, or None to keep them as they are.
+    """
+
+    def __init__(self, shard: Shard, plan: BatchPlan, rank: int, *, first_row: int = 0, seed: int | None = None) -> None:
+        super().__init__()  # workers=1: Keras reads ahead in a thread of tf.data
+        self._shard, self._plan, self._rank, self._first_row, self._seed = shard, plan, rank, first_row, seed
+        self._order: tuple[int, np.ndarray] | None = None
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._plan.steps
+
+    def __getitem__(self, step: int) -> tuple[Any, ...]:
+        count = self._plan.rows_of(self._rank, step)
+        if count == 0:
+            return _as_keras_batch(self._shard.spec.zeros(1) if not len(self._shard) else self._shard.take(np.zeros(1, int)))
+        start = step * self._plan.batch_size
+        if self._seed is None:
+            rows = np.arange(start, start + count)
+        else:
+            rows = self._order_of(self.epoch)[start : start + count]
+        return _as_keras_batch(self._shard.take(rows + self._first_row))
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """A random order of the rows; 4 bytes a row, the only memory here that grows with the shard."""
+        if self._order is None or self._order[0] != epoch:
+            count = self._plan.rows[self._rank]
+            order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
+            np.random.default_rng([self._seed, epoch, self._rank]).shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+
+def _as_keras_batch(batch: tuple[Any, Any, Any]) -> tuple[Any, ...]:
+    """(x, y, sample_weight) without what is missing at the end, floats as Keras's `fit` casts those of arrays."""
+    x, y, sample_weight = (keras.tree.map_structure(_to_floatx, part) for part in batch)
+    if sample_weight is not None:
+        return x, y, sample_weight
+    return (x,) if y is None else (x, y)
+
+
+def _to_floatx(array: np.ndarray | None) -> Any:
+    if array is None:
+        return None
+    return array.astype(keras.config.floatx(), copy=False) if array.dtype.kind == "f" else array

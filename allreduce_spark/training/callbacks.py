@@ -1,0 +1,184 @@
+"""The callbacks that make Keras's own loop a distributed one, and which of the user's callbacks run where.
+
+The user's callbacks stand between two of ours:
+
+    First        knows which step this is, counts rows, combines the metrics before anybody looks at them
+    ...          the user's: on every rank, with the same logs, so that they decide the same; those that write files on
+                 the root only
+    Last         makes all ranks stop where one of them wants to stop
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from allreduce_spark.communicator.base import Communicator, ReduceOp
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.losses import globalize_losses
+from allreduce_spark.training.metrics import MetricState
+from allreduce_spark.training.optimizer import StepRows
+
+__all__ = ["First", "Last", "callbacks_of_rank"]
+
+REPORT_EVERY_S = 0.2
+
+# They write files or send messages: once is enough, and twice would spoil the file.
+ROOT_ONLY = (
+    keras.callbacks.ModelCheckpoint,
+    keras.callbacks.CSVLogger,
+    keras.callbacks.TensorBoard,
+    keras.callbacks.RemoteMonitor,
+)
+
+
+def callbacks_of_rank(
+    callbacks: Sequence[keras.callbacks.Callback], is_root: bool
+) -> list[keras.callbacks.Callback]:
+    """Those of the user's callbacks that run on this rank. `root_only = True` on a callback of one's own is respected."""
+    return [c for c in callbacks if is_root or not (isinstance(c, ROOT_ONLY) or getattr(c, "root_only", False))]
+
+
+def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback does something at the end of a batch, and so may stop the training there."""
+    names = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
+    return any(getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name) for name in names) or any(
+        name in vars(callback) for name in names  # LambdaCallback sets them on the object
+    )
+
+
+class First(keras.callbacks.Callback):
+    """Runs before the user's callbacks.
+
+    Args:
+        communicator: The group.
+        rows: Told at every step how many rows count.
+        train, validation: Plan and batches of either data set; validation may be None.
+        status: Told at every step where this rank is.
+        report: Called with progress for the driver now and then, on the root; None elsewhere.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        rows: StepRows,
+        train: tuple[BatchPlan, ShardBatches],
+        validation: BatchPlan | None,
+        status: StatusPage,
+        report: Callable[..., None] | None,
+    ) -> None:
+        super().__init__()
+        self._communicator, self._rows = communicator, rows
+        (self._plan, self._batches), self._validation = train, validation
+        self._status, self._report, self._reported_at = status, report, 0.0
+        self._epoch = 0
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._state = MetricState(self.model, self._communicator)
+        globalize_losses(self.model, self._communicator, self._rows)  # Keras has built them by now, and traced nothing yet
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = self._batches.epoch = epoch
+        self._state.begin()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._begin_step(self._plan, batch)
+        first = self._status.read()[0] in (Phase.INIT, Phase.FIRST_STEP)
+        self._status.write(Phase.FIRST_STEP if first and batch == 0 else Phase.TRAIN, self._epoch, batch)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._end_step(self._plan, batch)
+        if self._report and time.monotonic() - self._reported_at > REPORT_EVERY_S:
+            self._report_progress(batch + 1, logs or {})
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self._status.write(Phase.VALIDATE, self._epoch, self._plan.steps)
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        assert self._validation is not None
+        if batch == 0:
+            self._state.begin()
+        self._begin_step(self._validation, batch)
+
+    def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
+        assert self._validation is not None
+        self._end_step(self._validation, batch)
+        self._status.write(Phase.VALIDATE, self._epoch, self._plan.steps + batch + 1)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs:
+            self._agree_on(logs)
+        if self._report:
+            self._report_progress(self._plan.steps, logs or {}, epoch_done=True)
+
+    def end_epoch_early(self, step: int) -> None:
+        """All ranks have agreed to stop after `step`: what they have until now is the epoch."""
+        if step != self._plan.steps - 1:
+            self._state.combine()
+
+    def _begin_step(self, plan: BatchPlan, step: int) -> None:
+        self._rows.mine, self._rows.total = plan.rows_of(self._communicator.rank, step), plan.total(step)
+        if self._rows.mine == 0:
+            self._state.keep()
+
+    def _end_step(self, plan: BatchPlan, step: int) -> None:
+        if self._rows.mine == 0:
+            self._state.restore()
+        if step == plan.steps - 1:
+            # Here, because Keras asks the metrics for the results of the epoch right after the last batch.
+            self._state.combine()
+
+    def _agree_on(self, logs: dict[str, Any]) -> None:
+        """Metrics agree already. What a custom train_step returned beside them is of its rank: take the mean."""
+        names = {metric.name for metric in self.model.metrics} | set(self.model.get_metrics_result())
+        others = sorted(name for name in logs if name.removeprefix("val_") not in names)
+        if others:
+            values = np.array([float(logs[name]) for name in others], np.float64)
+            self._communicator.allreduce(values)
+            logs.update(zip(others, (values / self._communicator.world_size).tolist(), strict=True))
+
+    def _report_progress(self, steps_done: int, logs: dict[str, Any], *, epoch_done: bool = False) -> None:
+        assert self._report is not None
+        self._reported_at = time.monotonic()
+        self._report(
+            epoch=self._epoch,
+            steps_done=steps_done,
+            steps=self._plan.steps,
+            rows=self._rows_until(steps_done),
+            logs={name: float(value) for name, value in logs.items() if np.ndim(value) == 0},
+            epoch_done=epoch_done,
+        )
+
+    def _rows_until(self, steps: int) -> int:
+        """Rows that all ranks have trained on in this epoch."""
+        return sum(min(rows, steps * self._plan.batch_size) for rows in self._plan.rows)
+
+
+class Last(keras.callbacks.Callback):
+    """Runs after the user's callbacks: one rank that stops alone would leave the others waiting for it."""
+
+    def __init__(self, communicator: Communicator, first: First, users: Sequence[keras.callbacks.Callback]) -> None:
+        super().__init__()
+        self._communicator, self._first = communicator, first
+        # All ranks must come to the same conclusion here, so it is drawn from the user's full list on every rank.
+        self._after_batches = any(acts_on_batches(callback) for callback in users)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self._after_batches:
+            self._agree_to_stop()
+            if self.model.stop_training:
+                self._first.end_epoch_early(batch)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._agree_to_stop()
+
+    def _agree_to_stop(self) -> None:
+        wish = np.array([bool(self.model.stop_training)], np.int64)
+        self._communicator.allreduce(wish, ReduceOp.MAX)
+        self.model.stop_training = bool(wish[0])

@@ -1,0 +1,121 @@
+"""predict and evaluate for the rows of one partition, alone: no other rank takes part."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import numpy as np
+
+from allreduce_spark.data.blocks import decode_block
+from allreduce_spark.data.shard import Shard, ShardWriter
+from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.metrics import combine_states, metric_variables
+from allreduce_spark.training.model_bytes import load_model
+
+__all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
+
+
+@dataclass(frozen=True)
+class InferenceTask:
+    """What a partition needs to know.
+
+    Attributes:
+        model: The `.keras` archive.
+        objects: The custom objects, by cloudpickle.
+        batch_size: Rows per batch.
+    """
+
+    model: bytes = field(repr=False)
+    objects: bytes = field(repr=False)
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class PartitionMetrics:
+    """The metric state after the rows of one partition.
+
+    Attributes:
+        state, initial: Values of `metrics.metric_variables`, after the rows and before the first.
+        example: One row as a batch, for whoever has to build the metrics to read the results.
+    """
+
+    state: list[np.ndarray]
+    initial: list[np.ndarray]
+    example: tuple[Any, ...]
+
+
+def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
+    """The model's predictions for the rows, in their order: arrays of shape (rows, ...) in the structure of its outputs.
+
+    None where there is no row.
+
+    Raises:
+        DataError: A row is not fit for the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        batches = _batches(blocks, Path(folder) / "rows.arrow", task.batch_size)
+        return None if batches is None else _model(task).predict(batches, verbose=0)
+
+
+def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetrics | None:
+    """The metric state that the rows lead to; None where there is no row.
+
+    Raises:
+        DataError: A row is not fit for the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        batches = _batches(blocks, Path(folder) / "rows.arrow", task.batch_size)
+        if batches is None:
+            return None
+        model = _model(task)
+        model.evaluate(batches, verbose=0)
+        state = [np.array(variable) for variable in metric_variables(model)]
+        model.reset_metrics()
+        initial = [np.array(variable) for variable in metric_variables(model)]
+        return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
+
+
+def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, float]:
+    """The metrics, the loss first, over the rows of all partitions. Uses, and then resets, the metrics of `model`."""
+    batch = parts[0].example
+    model.evaluate(*batch, verbose=0) if len(batch) < 3 else model.evaluate(
+        batch[0], batch[1], sample_weight=batch[2], verbose=0
+    )
+    variables = metric_variables(model)
+    for variable, value in zip(variables, combine_states(variables, parts[0].initial, [p.state for p in parts]), strict=True):
+        variable.assign(value)
+    result = {name: float(value) for name, value in model.get_metrics_result().items()}
+    model.reset_metrics()
+    return result
+
+
+def _batches(blocks: Iterable[bytes], path: Path, batch_size: int) -> ShardBatches | None:
+    """Spool the rows, so that a partition may be larger than memory, and cut them into batches."""
+    with ShardWriter(path) as writer:
+        for block in blocks:
+            writer.write(decode_block(block))
+    if not writer.rows:
+        return None
+    return ShardBatches(Shard.open(path), BatchPlan((writer.rows,), batch_size), rank=0)
+
+
+_last: tuple[bytes, keras.Model] | None = None
+
+
+def _model(task: InferenceTask) -> keras.Model:
+    """Load the model, once for all partitions that one Python worker works on."""
+    global _last
+    digest = hashlib.sha256(task.model).digest()
+    if _last is None or _last[0] != digest:
+        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+            path = Path(folder) / "model.keras"
+            path.write_bytes(task.model)
+            _last = (digest, load_model(path, cloudpickle.loads(task.objects)))
+    return _last[1]

@@ -1,0 +1,110 @@
+"""What every rank of a fit is given, as files in its scratch folder: the model, the user's objects, and the settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import numpy as np
+
+from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
+
+__all__ = ["Job", "make_job", "pickle_objects", "seed_variables"]
+
+_MODEL, _OBJECTS, _SETTINGS = "model.keras", "objects", "settings.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fit, as its ranks see it.
+
+    Attributes:
+        model: The `.keras` archive; empty once it lies at `model_path`.
+        objects: (custom objects, callbacks), by cloudpickle. It comes in the Spark closure, like all of the user's code,
+            and never over a socket of ours.
+        config, timeouts: The settings.
+        seed_states: States of the model's random generators, as `seed_variables` orders them; may be empty.
+        model_path: Where the archive lies, on the rank's side.
+    """
+
+    model: bytes
+    objects: bytes
+    config: FitConfig
+    timeouts: Timeouts
+    seed_states: list[list[int]]
+    model_path: Path = Path(_MODEL)
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content, for the agent to lay down."""
+        settings = {
+            "config": self.config.to_json(),
+            "timeouts": dataclasses.asdict(self.timeouts),
+            "seed_states": self.seed_states,
+        }
+        return {_MODEL: self.model, _OBJECTS: self.objects, _SETTINGS: json.dumps(settings).encode()}
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        settings = json.loads((folder / _SETTINGS).read_bytes())
+        return cls(
+            model=b"",
+            objects=(folder / _OBJECTS).read_bytes(),
+            config=FitConfig.from_json(settings["config"]),
+            timeouts=Timeouts(**settings["timeouts"]),
+            seed_states=settings["seed_states"],
+            model_path=folder / _MODEL,
+        )
+
+
+def make_job(
+    model: keras.Model,
+    custom_objects: Mapping[str, Any],
+    callbacks: Sequence[keras.callbacks.Callback],
+    config: FitConfig,
+    timeouts: Timeouts,
+) -> Job:
+    """Pack a fit.
+
+    Raises:
+        ConfigError: The model, a custom object or a callback cannot be sent to another machine.
+    """
+    seeds = [np.array(variable).tolist() for variable in seed_variables(model)]
+    objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
+    return Job(model_to_bytes(model), objects, config, timeouts, seeds)
+
+
+def pickle_objects(objects: Any) -> bytes:
+    """The user's own code and objects, for the Spark closure.
+
+    Raises:
+        ConfigError: They hold something that lives on this machine only: a lock, a file, a Spark session.
+    """
+    try:
+        return cloudpickle.dumps(objects)
+    except Exception as error:  # pickling runs the user's code, so anything can come
+        raise ConfigError(
+            f"the callbacks or custom objects cannot be sent to the executors: {type(error).__name__}: {error}. They hold "
+            "something that exists on the driver only, such as an open file, a lock or a Spark session."
+        ) from error
+
+
+def seed_variables(model: keras.Model) -> list[keras.Variable]:
+    """The states of the model's random generators (dropout, noise, augmentation), in an order that is the same everywhere."""
+    weights = {id(variable) for variable in model.weights}
+    return [variable for variable in model.variables if id(variable) not in weights]
+
+
+def _unbound(callback: keras.callbacks.Callback) -> keras.callbacks.Callback:
+    """A copy without the model of an earlier fit, which would travel along."""
+    unbound = copy.copy(callback)
+    unbound._model = None
+    return unbound

@@ -1,0 +1,126 @@
+"""Losses whose mean is not over rows: made to mean, on every rank, what they mean over the global batch.
+
+`optimizer` weighs each rank's gradient by its rows. That is exact for a loss that is a mean over the rows, as nearly all are.
+Three kinds are not, and `GlobalLoss` corrects each in the forward pass, so that weighing by rows is right again:
+
+* masked outputs and `ignore_class`: Keras divides by the number of *valid* entries, which differs from rank to rank;
+* `reduction="mean_with_sample_weight"`: Keras divides by the sum of the weights;
+* `reduction="sum"`: Keras does not divide at all.
+
+With numerator N_r and denominator D_r of rank r, and R the rows of all ranks, the corrected loss is
+`N_r * R / (rows_r * sum(D))`: weighed by rows and divided by R, the sum over the ranks is `sum(N) / sum(D)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.optimizer import StepRows
+
+__all__ = ["GlobalLoss", "globalize_losses"]
+
+
+def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows) -> None:
+    """Put a `GlobalLoss` around each loss that the model was compiled with. The model must be built, losses included."""
+    compiled = model._compile_loss
+    if compiled is None or not compiled.built or communicator.world_size == 1:
+        return
+    order = _Order()
+    compiled._flat_losses = [
+        entry._replace(loss=GlobalLoss(entry.loss, communicator, rows, order))
+        if type(entry.loss).__call__ is keras.losses.Loss.__call__
+        else entry
+        for entry in compiled._flat_losses
+    ]
+
+
+class _Order:
+    """Lets the collectives of one traced step run in the order of the program: TensorFlow would run them in any."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Any] | None = None
+
+    def after_the_last(self, graph: Any) -> list[Any]:
+        return [self._last[1]] if self._last is not None and self._last[0] is graph and graph is not None else []
+
+    def remember(self, graph: Any, tensor: Any) -> None:
+        self._last = (graph, tensor)
+
+
+class GlobalLoss(keras.losses.Loss):
+    """A Keras loss that divides by the denominator of the global batch, where that is not the number of rows.
+
+    Everywhere else it is the wrapped loss itself: nothing is computed, and no message sent.
+    """
+
+    def __init__(self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: _Order) -> None:
+        super().__init__(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)
+        self._loss, self._communicator, self._rows, self._order = loss, communicator, rows, order
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        losses = self._loss.call(*keras.tree.map_structure(self._convert, (y_true, y_pred)))
+        masks = [m for m in (_mask_of(y_pred), _mask_of(losses)) if m is not None]
+        weighted = self.reduction == "mean_with_sample_weight" and sample_weight is not None
+        if not masks and not weighted and self.reduction != "sum":
+            return self._loss(y_true, y_pred, sample_weight)
+
+        losses = keras.ops.convert_to_tensor(losses, dtype=self.dtype)
+        weights = None if sample_weight is None else keras.ops.cast(sample_weight, losses.dtype)
+        valid = None
+        for mask in masks:
+            mask = keras.ops.cast(mask, losses.dtype)
+            valid = mask if valid is None else valid * mask
+        if valid is not None:
+            weights = valid if weights is None else _align(weights, valid) * valid
+        numerator = keras.ops.sum(losses if weights is None else losses * _align(weights, losses))
+        if self.reduction == "sum":
+            denominator = None
+        elif weighted or (self.reduction == "mean_with_sample_weight" and masks):
+            denominator = keras.ops.sum(weights)
+        else:
+            # Keras spreads the valid entries over the whole mask; the mask may be coarser than the losses.
+            size = keras.ops.cast(keras.ops.prod(keras.ops.shape(losses)), losses.dtype)
+            mask_size = keras.ops.cast(keras.ops.prod(keras.ops.shape(valid)), losses.dtype)
+            denominator = keras.ops.sum(valid) * size / mask_size
+        return numerator * self._correction(denominator, losses.dtype)
+
+    def _convert(self, value: Any) -> Any:
+        return keras.ops.convert_to_tensor(value, dtype=self.dtype)
+
+    def _correction(self, denominator: Any | None, dtype: str) -> Any:
+        """R / (rows_r * sum(D)), or R / rows_r where there is no denominator; computed when the step runs."""
+        if isinstance(denominator, keras.KerasTensor):
+            return 1.0  # Keras works out shapes; no step runs
+        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+        argument = tf.zeros([0], tf.float64) if denominator is None else tf.reshape(tf.cast(denominator, tf.float64), [1])
+        with tf.control_dependencies(self._order.after_the_last(graph)):
+            factor = tf.numpy_function(self._sum_denominators, [tf.stop_gradient(argument)], tf.float64)
+        self._order.remember(graph, factor)
+        factor.set_shape([])
+        return tf.cast(factor, dtype)
+
+    def _sum_denominators(self, denominator: np.ndarray) -> np.float64:
+        mine, total = self._rows.mine, self._rows.total
+        of_all = np.array(denominator if mine else np.zeros_like(denominator))
+        if of_all.size:
+            self._communicator.allreduce(of_all)
+        divisor = mine * (of_all[0] if of_all.size else 1.0)
+        return np.float64(total / divisor if divisor else 0.0)
+
+
+def _mask_of(tensor: Any) -> Any:
+    return getattr(tensor, "_keras_mask", None)
+
+
+def _align(weights: Any, values: Any) -> Any:
+    """Give `weights` the rank of `values`, one short at most, as Keras does."""
+    if len(weights.shape) == len(values.shape) + 1 and weights.shape[-1] == 1:
+        return keras.ops.squeeze(weights, -1)
+    if len(weights.shape) + 1 == len(values.shape):
+        return keras.ops.expand_dims(weights, -1)
+    return weights

@@ -1,0 +1,154 @@
+"""Keras model <-> bytes, and the trained state back: Keras's own `.keras` archive one way, safetensors the other. No pickle.
+
+Custom classes and functions (layers, losses, metrics, optimizers) are referred to by name in the archive. The code behind
+the names travels beside it, as what `custom_objects_of` finds.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from allreduce_spark.errors import ConfigError
+
+__all__ = ["custom_objects_of", "load_model", "load_state", "model_to_bytes", "read_about", "save_state"]
+
+
+def model_to_bytes(model: keras.Model) -> bytes:
+    """The model with weights, compile settings and optimizer state, as a `.keras` archive.
+
+    Raises:
+        ConfigError: Keras cannot save the model; the message is Keras's own.
+    """
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        path = Path(folder) / "model.keras"
+        try:
+            with warnings.catch_warnings():
+                # Unbuilt models are fine: the ranks build them from the data.
+                warnings.filterwarnings("ignore", message=".*not yet been built.*")
+                model.save(path)
+        except Exception as error:
+            raise ConfigError(
+                f"Keras cannot save the model {model.name!r}, so it cannot be sent to the ranks: {error}. Custom layers and "
+                "models need a get_config method (see keras.saving)."
+            ) from error
+        return path.read_bytes()
+
+
+def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
+    """Load what `model_to_bytes` made, compiled.
+
+    Lambda layers are allowed: the bytes come from the user's own driver, over the same way as the user's own code.
+
+    Raises:
+        ConfigError: Keras cannot load the model, or cannot compile it as it was.
+    """
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = keras.saving.load_model(path, custom_objects=dict(custom_objects), compile=True, safe_mode=False)
+    except Exception as error:
+        raise ConfigError(
+            f"the model cannot be loaded on the executors: {type(error).__name__}: {error}. Register custom classes and "
+            "functions with @keras.saving.register_keras_serializable(), or pass custom_objects to SparkModel."
+        ) from error
+    if not model.compiled:
+        reasons = "; ".join(str(warning.message) for warning in caught) or "no reason given"
+        raise ConfigError(f"the model arrived on the executors without its compile settings: {reasons}")
+    return model
+
+
+def custom_objects_of(model: keras.Model) -> dict[str, Any]:
+    """The classes and functions, by name, that are needed to load this model and that Keras does not bring itself."""
+    found: dict[str, Any] = dict(keras.saving.get_custom_objects())
+    for used in _objects_in(model):
+        code = used if callable(used) and hasattr(used, "__name__") and not isinstance(used, keras.Layer) else type(used)
+        if not _is_builtin(code):
+            found.setdefault(code.__name__, code)
+    return found
+
+
+def _objects_in(model: keras.Model) -> Iterator[Any]:
+    """Everything in a model that has a class or a name of its own: layers, their parts, and what it was compiled with."""
+    for layer in model._flatten_layers():
+        yield layer
+        yield from (value for value in vars(layer).values() if _may_be_custom(value))
+    compiled = model._compile_config.config if model._compile_config is not None else {}
+    parts = [model.optimizer, *(compiled.get(key) for key in ("loss", "metrics", "weighted_metrics"))]
+    yield from (part for part in keras.tree.flatten(parts) if part is not None and not isinstance(part, str))
+    inner = getattr(model.optimizer, "inner_optimizer", None)
+    schedule = getattr(inner or model.optimizer, "_learning_rate", None)
+    yield from (part for part in (inner, schedule) if part is not None)
+    for part in keras.tree.flatten(parts):
+        yield from (value for value in (getattr(part, "fn", None), getattr(part, "_fn", None)) if callable(value))
+
+
+def _may_be_custom(value: object) -> bool:
+    keras_parts = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
+    return isinstance(value, keras_parts) or (callable(value) and hasattr(value, "__name__") and not _is_builtin(value))
+
+
+def _is_builtin(code: Any) -> bool:
+    module = getattr(code, "__module__", None) or "builtins"
+    return module.split(".")[0] in ("keras", "tensorflow", "builtins", "numpy", "ml_dtypes") or code.__name__ == "<lambda>"
+
+
+def save_state(model: keras.Model, path: Path, about: Mapping[str, Any]) -> None:
+    """Write all variables of model and optimizer, and `about` as JSON, to a safetensors file."""
+    arrays, dtypes = {}, {}
+    for name, variable in _named_variables(model):
+        array = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+        dtypes[name] = variable.dtype
+        # Types of which safetensors' numpy side knows nothing (bfloat16, float8) travel as the bytes they are.
+        arrays[name] = array if array.dtype.kind in "fiub" else array.view(np.dtype(f"u{array.dtype.itemsize}"))
+    save_file(arrays, path, metadata={"about": json.dumps(dict(about)), "dtypes": json.dumps(dtypes)})
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What `save_state` was given as `about`."""
+    with safe_open(path, framework="numpy") as file:
+        return dict(json.loads(file.metadata()["about"]))
+
+
+def load_state(model: keras.Model, path: Path) -> None:
+    """Assign what `save_state` wrote to the variables of `model` and its optimizer, which must be built.
+
+    Raises:
+        ConfigError: The file belongs to a model with other variables.
+    """
+    with safe_open(path, framework="numpy") as file:
+        dtypes = json.loads(file.metadata()["dtypes"])
+        variables = dict(_named_variables(model))
+        if list(variables) != list(dtypes):
+            missing, surplus = sorted(set(dtypes) - set(variables)), sorted(set(variables) - set(dtypes))
+            raise ConfigError(f"the trained state is of another model: it lacks {surplus} and has {missing} beside")
+        for name, variable in variables.items():
+            array = file.get_tensor(name)
+            if array.dtype.name != dtypes[name]:
+                array = array.view(_numpy_dtype(dtypes[name]))
+            if tuple(variable.shape) != array.shape:
+                raise ConfigError(f"{variable.path} has shape {tuple(variable.shape)}, but was trained as {array.shape}")
+            variable.assign(array)
+
+
+def _named_variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]:
+    # By position: paths need not be unique, and the same model code makes variables in the same order.
+    for index, variable in enumerate(model.variables):
+        yield f"model/{index:05d}", variable
+    for index, variable in enumerate(model.optimizer.variables):
+        yield f"optimizer/{index:05d}", variable
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)

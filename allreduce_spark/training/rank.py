@@ -1,0 +1,205 @@
+"""The life of one rank, from top to bottom: load, join, train, hand over the result."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import numpy as np
+import tensorflow as tf
+
+from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.communicator.mpi import open_mpi
+from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.data.shard import Shard
+from allreduce_spark.data.spec import RowSpec
+from allreduce_spark.errors import CollectiveError
+from allreduce_spark.rendezvous.client import Channel
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
+from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
+from allreduce_spark.training.job import Job, seed_variables
+from allreduce_spark.training.model_bytes import load_model
+from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
+from allreduce_spark.training.result import build_like, write_result
+from allreduce_spark.world import Membership, World
+
+__all__ = ["run_rank", "train"]
+
+
+def run_rank(channel: Channel, folder: Path, threads: int) -> None:
+    """Be one rank.
+
+    Args:
+        channel: To the agent.
+        folder: The agent's scratch folder, with the job and the shard; the root leaves its result there.
+        threads: This rank's share of the cores.
+
+    Raises:
+        Exception: Whatever goes wrong; the caller reports it. The communicator is then not to be used any more.
+    """
+    status = StatusPage(folder / "status")
+    job = Job.read(folder)
+    _configure_tensorflow(threads)
+    custom_objects, callbacks = cloudpickle.loads(job.objects)
+    # Loading needs nobody else, so it is done while the shards are still on their way to disk.
+    _seed(job.config.seed, int(os.environ["PMI_RANK"]))
+    model = load_model(job.model_path, custom_objects)
+
+    start = channel.receive(job.timeouts.spool_s)
+    membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
+    status.write(Phase.INIT)
+    communicator = open_mpi(membership.world, timeout_s=job.timeouts.init_s)
+    communicator.timeout_s = job.timeouts.collective_s
+
+    status.write(Phase.FIRST_STEP)
+    shards = _open_shards(folder, start.fields["approved"])
+    report = (lambda **fields: channel.send("progress", **fields)) if membership.world.is_root else None
+    history = train(
+        model,
+        communicator,
+        job.config,
+        membership,
+        shards=shards,
+        callbacks=callbacks,
+        seed_states=job.seed_states,
+        status=status,
+        report=report,
+    )
+
+    status.write(Phase.RESULT)
+    if membership.world.is_root:
+        write_result(model, history, shards[0].spec, folder / "result")
+    communicator.barrier(timeout_s=job.timeouts.result_s)
+    status.write(Phase.TEARDOWN)
+    communicator.close()
+    channel.send("done")
+
+
+def train(
+    model: keras.Model,
+    communicator: Communicator,
+    config: FitConfig,
+    membership: Membership,
+    *,
+    shards: tuple[Shard, Shard],
+    callbacks: list[keras.callbacks.Callback],
+    seed_states: list[list[int]],
+    status: StatusPage,
+    report: Callable[..., None] | None,
+) -> keras.callbacks.History:
+    """Fit `model` on this rank's rows, in step with all other ranks."""
+    train_shard, validation_shard = shards
+    rank = communicator.rank
+    held_out = validation_rows_of(membership.rows, config.validation_split)
+    plan = BatchPlan(tuple(n - v for n, v in zip(membership.rows, held_out, strict=True)), config.batch_size)
+    batches = ShardBatches(train_shard, plan, rank, seed=config.seed if config.shuffle else None)
+    validation = _validation_batches(config, membership, held_out, rank, train_shard, validation_shard)
+
+    _build(model, train_shard, communicator)
+    _make_randomness_differ(model, seed_states, rank)
+    model.jit_compile = False  # XLA knows no way out of the graph to the communicator
+    model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
+    rows = StepRows()
+    distribute(model.optimizer, communicator, rows, moving_variables(model))
+    first = First(communicator, rows, (plan, batches), validation[0] if validation else None, status, report)
+    history = model.fit(
+        batches,
+        epochs=config.epochs,
+        initial_epoch=config.initial_epoch,
+        validation_data=validation[1] if validation else None,
+        validation_freq=config.validation_freq,
+        class_weight=config.class_weight,
+        callbacks=[
+            first,
+            *callbacks_of_rank(callbacks, membership.world.is_root),
+            Last(communicator, first, callbacks),
+        ],
+        shuffle=False,  # ShardBatches does it, in an order that can be repeated
+        verbose=0,
+    )
+    check_same_weights(model, communicator)
+    return history
+
+
+def check_same_weights(model: keras.Model, communicator: Communicator) -> None:
+    """Make sure that all ranks hold the same bits.
+
+    Raises:
+        CollectiveError: They do not; which ranks differ is said.
+    """
+    digest = hashlib.sha256()
+    for variable in (*model.weights, *model.optimizer.variables):
+        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value)).data)
+    digests = [part.tobytes() for part in communicator.allgather(np.frombuffer(digest.digest(), np.uint8))]
+    different = [rank for rank, other in enumerate(digests) if other != digests[0]]
+    if different:
+        raise CollectiveError(
+            f"after training, ranks {different} hold other weights than the root. Something in the model or its callbacks "
+            "changes variables on each rank by itself: a learning rate or an assign that depends on random numbers or time."
+        )
+
+
+def _configure_tensorflow(threads: int) -> None:
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    # One for the step and one for reading ahead; the all-reduce occupies the first while it waits.
+    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def _seed(seed: int, rank: int) -> None:
+    keras.utils.set_random_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
+
+
+def _open_shards(folder: Path, approved: dict[str, Any]) -> tuple[Shard, Shard]:
+    specs = [None if text is None else RowSpec.from_json(text) for text in (approved["spec"], approved["validation_spec"])]
+    return Shard.open(folder / "train.arrow", specs[0]), Shard.open(folder / "validation.arrow", specs[1])
+
+
+def _validation_batches(
+    config: FitConfig,
+    membership: Membership,
+    held_out: tuple[int, ...],
+    rank: int,
+    train_shard: Shard,
+    validation_shard: Shard,
+) -> tuple[BatchPlan, ShardBatches] | None:
+    """Plan and batches of the validation set: rows of its own, or the last rows of every shard."""
+    batch_size = config.validation_batch_size or config.batch_size
+    if any(membership.validation_rows):
+        plan = BatchPlan(membership.validation_rows, batch_size)
+        return plan, ShardBatches(validation_shard, plan, rank)
+    if any(held_out):
+        plan = BatchPlan(held_out, batch_size)
+        return plan, ShardBatches(train_shard, plan, rank, first_row=membership.rows[rank] - held_out[rank])
+    return None
+
+
+def _build(model: keras.Model, shard: Shard, communicator: Communicator) -> None:
+    """Make all variables exist, with the same values on every rank."""
+    was_built = model.built
+    build_like(model, shard.spec)
+    if not was_built:
+        for variable in model.weights:  # each rank has drawn its own
+            value = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+            communicator.broadcast(value)
+            variable.assign(value)
+
+
+def _make_randomness_differ(model: keras.Model, seed_states: list[list[int]], rank: int) -> None:
+    """Equal dropout masks on all ranks would drop the same units for every row of the global batch.
+
+    The root draws what a single process would draw; the other ranks something else.
+    """
+    for variable, state in zip(seed_variables(model), seed_states or [None] * 10**6, strict=False):
+        value = np.array(variable.value if state is None else state, dtype=variable.dtype)
+        if rank:
+            value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]
+        variable.assign(value)

@@ -1,0 +1,41 @@
+"""The result of a fit: the root writes it to a file, the driver takes it over into the user's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+
+from allreduce_spark.data.spec import RowSpec
+from allreduce_spark.training.model_bytes import load_state, read_about, save_state
+
+__all__ = ["build_like", "take_over", "write_result"]
+
+
+def write_result(model: keras.Model, history: keras.callbacks.History, spec: RowSpec, path: Path) -> None:
+    """Write weights, optimizer state, random states and history."""
+    values = {name: [float(value) for value in column] for name, column in history.history.items()}
+    about = {"history": values, "epoch": history.epoch, "params": history.params, "spec": spec.to_json()}
+    save_state(model, path, about)
+
+
+def take_over(model: keras.Model, path: Path) -> keras.callbacks.History:
+    """Bring what `write_result` wrote into `model`, as if it had been trained here; return the history."""
+    about = read_about(path)
+    build_like(model, RowSpec.from_json(about["spec"]))
+    load_state(model, path)
+    history = keras.callbacks.History()
+    history.set_model(model)
+    history.set_params({**about["params"], "verbose": 0})
+    history.history, history.epoch = about["history"], about["epoch"]
+    model.history = history
+    return history
+
+
+def build_like(model: keras.Model, spec: RowSpec) -> None:
+    """Make the variables of model and optimizer exist, for rows of this kind. Their values do not matter."""
+    if not model.built:
+        x, _, _ = spec.zeros(1)
+        model(x)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)

@@ -1,0 +1,241 @@
+"""Groups of ranks for the tests: threads on a `LocalGroup`, or real MPI processes that this process answers PMI to.
+
+No mpirun: each rank is a child with one end of a socket pair as its `PMI_FD`; one thread here reads the other ends and
+asks a `KeySpace` what to reply. Starting a rank costs about 0.4 s, so healthy groups serve many tests.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import selectors
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
+from allreduce_spark.errors import RankFailedError
+from allreduce_spark.rendezvous.pmi import KeySpace, environment, process_mapping
+from allreduce_spark.world import World, worlds_of
+
+PROGRAM = Path(__file__).with_name("rank_process.py")
+REPOSITORY = PROGRAM.parents[2]
+DEADLINE_S = 40.0  # for one call in all ranks: far longer than any takes, far shorter than a hang
+
+
+def load_program() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("rank_process", PROGRAM)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["rank_process"] = module  # an Outcome that comes from a process is one of this module
+    specification.loader.exec_module(module)
+    return module
+
+
+PROGRAM_MODULE = load_program()
+
+
+class Ranks:
+    """A group of ranks that run functions of `rank_process.py` together."""
+
+    world_size: int
+    timeout_s: float
+
+    def outcomes(self, name: str, **arguments: Any) -> list[Any]:
+        """Run `name` in all ranks; an `Outcome` of each, or None of a rank that ended without one."""
+        raise NotImplementedError
+
+    def run(self, name: str, **arguments: Any) -> list[Any]:
+        """Run `name` in all ranks; what it returned in each. Fails the test where a rank raised."""
+        outcomes = self.outcomes(name, **arguments)
+        for rank, outcome in enumerate(outcomes):
+            assert outcome is not None, f"rank {rank} ended in {name}"
+            assert outcome.error is None, f"rank {rank} raised in {name}:\n{outcome.traceback}"
+        return [outcome.value for outcome in outcomes]
+
+
+class LocalRanks(Ranks):
+    def __init__(self, world_size: int, timeout_s: float) -> None:
+        self.world_size, self.timeout_s = world_size, timeout_s
+        self._communicators = LocalGroup(world_size, timeout_s).communicators
+
+    def outcomes(self, name: str, **arguments: Any) -> list[Any]:
+        with ThreadPoolExecutor(self.world_size) as pool:
+            futures = [pool.submit(PROGRAM_MODULE.outcome_of, name, each, arguments) for each in self._communicators]
+            return [future.result(DEADLINE_S) for future in futures]
+
+    def close(self) -> None:
+        pass
+
+
+class MPIRanks(Ranks):
+    """Processes of `rank_process.py`, on hosts that `nodes` makes up: ranks of different nodes talk by TCP."""
+
+    def __init__(self, nodes: list[int], timeout_s: float) -> None:
+        self.world_size, self.timeout_s = len(nodes), timeout_s
+        key_space = KeySpace(f"test-{secrets.token_hex(8)}", len(nodes), process_mapping(nodes))
+        pmi_pairs = [socket.socketpair() for _ in nodes]
+        self.controls: list[Connection] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for world, (_, ranks_end) in zip(worlds_of(nodes), pmi_pairs, strict=True):
+            control, process = start_rank(world, timeout_s, environment(world.rank, world.world_size, ranks_end.fileno()), [ranks_end.fileno()])
+            self.controls.append(control)
+            self.processes.append(process)
+            ranks_end.close()
+        answer = threading.Thread(target=answer_pmi, args=(key_space, [ours for ours, _ in pmi_pairs]), daemon=True)
+        answer.start()
+        self.answers = [self._receive(rank, time.monotonic() + DEADLINE_S) for rank in range(len(nodes))]
+
+    def outcomes(self, name: str, **arguments: Any) -> list[Any]:
+        for control in self.controls:
+            PROGRAM_MODULE.send(control, (name, arguments))
+        deadline = time.monotonic() + DEADLINE_S
+        return [self._receive(rank, deadline) for rank in range(self.world_size)]
+
+    def _receive(self, rank: int, deadline: float) -> Any:
+        if not wait([self.controls[rank]], max(0.0, deadline - time.monotonic())):
+            self.kill()
+            pytest.fail(f"rank {rank} hangs; all ranks were killed")
+        try:
+            return PROGRAM_MODULE.receive(self.controls[rank])
+        except (EOFError, ConnectionResetError):
+            return None
+
+    def exit_codes(self, within_s: float) -> list[int | None]:
+        """Let the ranks end by themselves; None for each that had to be killed."""
+        deadline = time.monotonic() + within_s
+        codes: list[int | None] = []
+        for control in self.controls:
+            try:
+                PROGRAM_MODULE.send(control, None)
+            except OSError:
+                pass  # it ended before
+        for process in self.processes:
+            try:
+                codes.append(process.wait(max(0.0, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                codes.append(None)
+        self.kill()
+        return codes
+
+    def kill(self) -> None:
+        for process in self.processes:
+            segments = shared_memory_segments(process.pid)
+            process.kill()
+            process.wait()
+            for segment in segments:
+                Path(segment).unlink(missing_ok=True)
+        for control in self.controls:
+            control.close()
+
+    def close(self) -> None:
+        if any(process.poll() is None for process in self.processes):
+            self.exit_codes(within_s=5.0)
+        self.kill()
+
+
+def start_rank(
+    world: World, timeout_s: float, variables: dict[str, str], fds: list[int]
+) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Start one rank's process, and return our end of its control connection with it."""
+    control, ranks_control = Pipe()
+    place = (world.rank, world.world_size, world.local_rank, world.local_size, world.node_rank)
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), *map(str, (ranks_control.fileno(), *place, timeout_s))],
+        env={**os.environ, **mpi_environment("lo"), **variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        pass_fds=[ranks_control.fileno(), *fds],
+        cwd=REPOSITORY,
+    )
+    ranks_control.close()
+    return control, process
+
+
+def answer_pmi(key_space: KeySpace, connections: list[socket.socket]) -> None:
+    """Answer the ranks until all of them have closed their ends. A thread's whole life."""
+    unfinished = [b""] * len(connections)
+    with selectors.DefaultSelector() as selector:
+        for rank, connection in enumerate(connections):
+            selector.register(connection, selectors.EVENT_READ, rank)
+        while selector.get_map():
+            for key, _ in selector.select():
+                rank = key.data
+                try:
+                    data = connections[rank].recv(65536)
+                except ConnectionResetError:
+                    data = b""
+                if not data:
+                    selector.unregister(connections[rank])
+                    connections[rank].close()
+                    continue
+                *lines, unfinished[rank] = (unfinished[rank] + data).split(b"\n")
+                for line in lines:
+                    reply_to_line(key_space, connections, rank, line.decode())
+
+
+def reply_to_line(key_space: KeySpace, connections: list[socket.socket], rank: int, line: str) -> None:
+    try:
+        replies = key_space.answer(rank, line)
+    except RankFailedError:
+        return  # the test sees the rank end
+    for to_rank, reply in replies:
+        try:
+            connections[to_rank].sendall(reply.encode() + b"\n")
+        except OSError:
+            pass  # that rank has ended
+
+
+@contextmanager
+def group(backend: str, world_size: int, timeout_s: float) -> Iterator[Any]:
+    """`local`: threads. `mpi`: processes with shared memory. `tcp`: processes that take each other for other hosts."""
+    if backend == "local":
+        ranks: Any = LocalRanks(world_size, timeout_s)
+    else:
+        ranks = MPIRanks([rank if backend == "tcp" else 0 for rank in range(world_size)], timeout_s)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
+
+
+@pytest.fixture(scope="session")
+def rank_process() -> ModuleType:
+    """The module of the functions that run in each rank."""
+    return PROGRAM_MODULE
+
+
+GROUPS = [(backend, size) for backend in ("local", "mpi") for size in (1, 2, 3, 4)] + [("tcp", 3)]
+
+
+@pytest.fixture(scope="module", params=GROUPS, ids=lambda each: f"{each[0]}-{each[1]}")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """A healthy group, for tests that leave it so."""
+    with group(*request.param, timeout_s=20.0) as opened:
+        yield opened
+
+
+@pytest.fixture(params=[("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2)], ids=lambda each: f"{each[0]}-{each[1]}")
+def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """A new group, for a test that breaks it. Its collectives wait for 30 s: what ends sooner did not wait for the deadline."""
+    with group(*request.param, timeout_s=30.0) as opened:
+        yield opened
+
+
+@pytest.fixture
+def mpi_ranks() -> Iterator[MPIRanks]:
+    """Two new MPI processes, for a test that breaks them."""
+    with group("mpi", 2, timeout_s=30.0) as opened:
+        yield opened
