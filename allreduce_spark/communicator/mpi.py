@@ -90,7 +90,12 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise ConfigError("MPI was initialised without support for threads: let open_mpi do it, or use THREAD_SERIALIZED")
-    _check_world(world, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.Get_library_version())
+    try:
+        _check_world(world, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.Get_library_version())
+    except ConfigError:
+        if MPI.COMM_WORLD.size == 1:
+            MPI.Finalize()  # waits for nobody, and removes the shared memory
+        raise
     MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
     communicator = MPICommunicator(MPI.COMM_WORLD, timeout_s)
     # All ranks of this host have mapped the segments by now. They live on without a name, and end with the last process.

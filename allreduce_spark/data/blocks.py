@@ -108,6 +108,8 @@ def decode_block(data: Any) -> Block | ErrorBlock:
         if batch.schema.remove_metadata() != schema_of(spec):
             raise ValueError(f"its columns are {batch.schema.names}, which do not fit its spec")
         return Block(spec, header["role"], header["partition"], header["sequence"], batch)
+    except MemoryError:  # also an ArrowException, but not the fault of the bytes
+        raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         size = memoryview(data).nbytes
         raise DataError(f"{size} bytes are no block of rows: {error!r}. Were they cut off on their way?") from error

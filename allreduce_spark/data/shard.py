@@ -68,7 +68,7 @@ class Shard:
             if stored is not None and spec is not None and common_spec(stored, spec, _NAMES) != spec:
                 raise ValueError("it has float64 where the other ranks have int64")
             return cls(list(read_chunks(reader)), stored, spec or stored)
-        except (DataError, FileNotFoundError):
+        except (DataError, FileNotFoundError, MemoryError):
             raise
         except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
             raise DataError(

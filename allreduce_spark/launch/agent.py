@@ -200,7 +200,7 @@ class _Relay:
         try:
             messages = self._rank.channel.messages()
         except EOFError:
-            self._selector.unregister(self._rank.channel)
+            self._forget(self._rank.channel)
             return
         for message in messages:
             if message.kind in ("done", "failed"):
@@ -220,18 +220,22 @@ class _Relay:
                 for line in lines:
                     self._driver.send("pmi", line=line.decode(errors="replace"))
                 return
-        self._selector.unregister(self._rank.pmi)
+        self._forget(self._rank.pmi)
 
     def _from_output(self) -> None:
         lines = self._rank.read_output()
         if not lines and self._rank.has_ended():
-            self._selector.unregister(self._rank.output)
+            self._forget(self._rank.output)
         room = LOG_LINES_PER_BEAT - len(self._lines)
         self._lines += lines[:room]
 
+    def _forget(self, source: Any) -> None:
+        if source in self._selector.get_map():
+            self._selector.unregister(source)
+
     def _rank_ended(self) -> None:
         """The process is gone: all that it said is in the buffers now."""
-        self._selector.unregister(self._rank.pidfd)
+        self._forget(self._rank.pidfd)
         while self._rank.channel in self._selector.get_map() and _is_readable(self._rank.channel):
             self._from_rank()
         self._from_output()

@@ -132,11 +132,15 @@ class Rendezvous:
         with contextlib.suppress(RuntimeError):  # The loop is closed: the fit is over already.
             self._loop.call_soon_threadsafe(self._fail, failure)
 
+    def wait_for_departure(self, timeout_s: float) -> bool:
+        """Wait until no agent is connected, `timeout_s` at most; return whether that is so. Their ranks are dead then."""
+        return self._deserted.wait(timeout_s)
+
     def close(self) -> None:
         """Wait for the agents to leave, `teardown_s` at most, then stop listening."""
         if self._loop.is_closed():
             return
-        if not self._deserted.wait(self._timeouts.teardown_s):
+        if not self.wait_for_departure(self._timeouts.teardown_s):
             log.warning("agents are still connected %.0f s after the end of the fit", self._timeouts.teardown_s)
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -8,7 +8,10 @@ normally, so Spark neither retries nor prints a page of Java for an error in the
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +33,7 @@ __all__ = ["StageTask", "check_cluster", "count_slots", "driver_addresses", "run
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+LEAVE_S = 1.0  # agents kill their ranks and leave within a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
     Raises:
         ConfigError: There are too few slots, or dynamic allocation is on.
     """
+    _use_this_python(context)
     settings = context.getConf()
     if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
         raise ConfigError(
@@ -83,6 +88,13 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
             f"stage starts all its ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
         )
     return num_ranks or slots
+
+
+def _use_this_python(context: SparkContext) -> None:
+    """On one machine, let workers run the Python that runs this: the `python3` of the PATH may be another environment."""
+    if _is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
+        log.info("PYSPARK_PYTHON is not set; the workers of this session will run %s", sys.executable)
+        context.pythonExec = sys.executable
 
 
 def _is_local(context: SparkContext) -> bool:
@@ -134,12 +146,12 @@ def run_stage(
         rendezvous.wait(task.timeouts.teardown_s)
         raise
     finally:
-        if rendezvous.failure is not None:
-            job.cancel()  # for agents that still read rows and do not listen
+        if rendezvous.failure is not None and not rendezvous.wait_for_departure(LEAVE_S):
+            job.cancel()  # for agents that are deep in Spark, reading rows, and do not listen
         rendezvous.close()
         job.join(task.timeouts.teardown_s)
     if rendezvous.failure is not None:
-        raise _error_of(rendezvous.failure) from job.error
+        raise _error_of(rendezvous.failure)
     assert rendezvous.result is not None
     return rendezvous.result
 
@@ -202,10 +214,23 @@ def _failure_of_job(error: Exception | None) -> Failure:
     """What it means that the Spark job ended before the rendezvous knew the outcome."""
     if error is None:
         return Failure("StageEnded", "the barrier stage ended, but not all ranks have reported that they are done")
-    text = str(error)
+    text = _without_java_frames(str(error))
     if "cancelled" in text.lower():
         return Failure("CancelledError", f"the Spark job was cancelled: {text.splitlines()[0]}")
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text)
+    if missing:
+        return Failure(
+            "MissingDependencyError",
+            f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
+            "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark is installed.",
+        )
     return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value)
+
+
+def _without_java_frames(text: str) -> str:
+    """Spark's message without the Java stack: the Python traceback in it is what a user can read."""
+    lines = [line for line in text.splitlines() if not re.match(r"\s+at [\w.$/]+\(|\s*\.\.\. \d+ more", line)]
+    return "\n".join(lines).strip()
 
 
 def _error_of(failure: Failure) -> AllReduceSparkError:

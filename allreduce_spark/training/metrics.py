@@ -91,12 +91,12 @@ class MetricState:
         for variable in metric_variables(self._model):
             value = _value(variable)
             initial = self._initial.get(id(variable), np.zeros_like(value))
-            wide = np.ascontiguousarray(value, _wide(value.dtype))
+            wide = np.array(value, _wide(value.dtype))
             match variable.aggregation:
                 case "sum":
-                    wide = wide - initial
+                    wide -= initial
                     self._communicator.allreduce(wide)
-                    wide = wide + initial
+                    wide += initial
                 case "mean":
                     self._communicator.allreduce(wide)
                     wide = wide / self._communicator.world_size

@@ -136,7 +136,7 @@ def check_same_weights(model: keras.Model, communicator: Communicator) -> None:
     """
     digest = hashlib.sha256()
     for variable in (*model.weights, *model.optimizer.variables):
-        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value)).data)
+        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value)).view(np.uint8).data)
     digests = [part.tobytes() for part in communicator.allgather(np.frombuffer(digest.digest(), np.uint8))]
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
@@ -188,7 +188,7 @@ def _build(model: keras.Model, shard: Shard, communicator: Communicator) -> None
     build_like(model, shard.spec)
     if not was_built:
         for variable in model.weights:  # each rank has drawn its own
-            value = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+            value = np.array(variable)
             communicator.broadcast(value)
             variable.assign(value)
 

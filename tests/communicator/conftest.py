@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
@@ -81,6 +80,9 @@ class LocalRanks(Ranks):
     def close(self) -> None:
         pass
 
+    def kill(self) -> None:
+        pass
+
 
 class MPIRanks(Ranks):
     """Processes of `rank_process.py`, on hosts that `nodes` makes up: ranks of different nodes talk by TCP."""
@@ -92,13 +94,16 @@ class MPIRanks(Ranks):
         self.controls: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         for world, (_, ranks_end) in zip(worlds_of(nodes), pmi_pairs, strict=True):
-            control, process = start_rank(world, timeout_s, environment(world.rank, world.world_size, ranks_end.fileno()), [ranks_end.fileno()])
+            control, process = start_one_rank(world, timeout_s, environment(world.rank, world.world_size, ranks_end.fileno()), [ranks_end.fileno()])
             self.controls.append(control)
             self.processes.append(process)
             ranks_end.close()
         answer = threading.Thread(target=answer_pmi, args=(key_space, [ours for ours, _ in pmi_pairs]), daemon=True)
         answer.start()
-        self.answers = [self._receive(rank, time.monotonic() + DEADLINE_S) for rank in range(len(nodes))]
+        answers = [self._receive(rank, time.monotonic() + DEADLINE_S) for rank in range(len(nodes))]
+        if answers != ["ready"] * len(nodes):
+            self.kill()
+            pytest.fail(f"the ranks did not start: {answers}")
 
     def outcomes(self, name: str, **arguments: Any) -> list[Any]:
         for control in self.controls:
@@ -143,12 +148,10 @@ class MPIRanks(Ranks):
             control.close()
 
     def close(self) -> None:
-        if any(process.poll() is None for process in self.processes):
-            self.exit_codes(within_s=5.0)
-        self.kill()
+        assert self.exit_codes(within_s=10.0) == [0] * self.world_size, "a healthy group did not end in peace"
 
 
-def start_rank(
+def start_one_rank(
     world: World, timeout_s: float, variables: dict[str, str], fds: list[int]
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Start one rank's process, and return our end of its control connection with it."""
@@ -198,17 +201,11 @@ def reply_to_line(key_space: KeySpace, connections: list[socket.socket], rank: i
             pass  # that rank has ended
 
 
-@contextmanager
-def group(backend: str, world_size: int, timeout_s: float) -> Iterator[Any]:
+def start(backend: str, world_size: int, timeout_s: float) -> Any:
     """`local`: threads. `mpi`: processes with shared memory. `tcp`: processes that take each other for other hosts."""
     if backend == "local":
-        ranks: Any = LocalRanks(world_size, timeout_s)
-    else:
-        ranks = MPIRanks([rank if backend == "tcp" else 0 for rank in range(world_size)], timeout_s)
-    try:
-        yield ranks
-    finally:
-        ranks.close()
+        return LocalRanks(world_size, timeout_s)
+    return MPIRanks([rank if backend == "tcp" else 0 for rank in range(world_size)], timeout_s)
 
 
 @pytest.fixture(scope="session")
@@ -217,25 +214,42 @@ def rank_process() -> ModuleType:
     return PROGRAM_MODULE
 
 
+@pytest.fixture
+def start_rank() -> Any:
+    """The function that starts one rank's process, for a test that starts it wrongly."""
+    return start_one_rank
+
+
 GROUPS = [(backend, size) for backend in ("local", "mpi") for size in (1, 2, 3, 4)] + [("tcp", 3)]
+DOOMED_GROUPS = [("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2)]
 
 
 @pytest.fixture(scope="module", params=GROUPS, ids=lambda each: f"{each[0]}-{each[1]}")
-def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+def ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A healthy group, for tests that leave it so."""
-    with group(*request.param, timeout_s=20.0) as opened:
-        yield opened
+    group = start(*request.param, timeout_s=20.0)
+    try:
+        yield group
+        group.close()
+    finally:
+        group.kill()
 
 
-@pytest.fixture(params=[("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2)], ids=lambda each: f"{each[0]}-{each[1]}")
-def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
-    """A new group, for a test that breaks it. Its collectives wait for 30 s: what ends sooner did not wait for the deadline."""
-    with group(*request.param, timeout_s=30.0) as opened:
-        yield opened
+@pytest.fixture(params=DOOMED_GROUPS, ids=lambda each: f"{each[0]}-{each[1]}")
+def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A new group, for a test that breaks it. Its collectives wait for 30 s: what ends sooner did not see the deadline."""
+    group = start(*request.param, timeout_s=30.0)
+    try:
+        yield group
+    finally:
+        group.kill()
 
 
 @pytest.fixture
 def mpi_ranks() -> Iterator[MPIRanks]:
     """Two new MPI processes, for a test that breaks them."""
-    with group("mpi", 2, timeout_s=30.0) as opened:
-        yield opened
+    group = start("mpi", 2, timeout_s=30.0)
+    try:
+        yield group
+    finally:
+        group.kill()

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from allreduce_spark.communicator.base import Communicator, ReduceOp
+from allreduce_spark.communicator.mpich import shared_memory_segments
+from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
 from allreduce_spark.world import World
 
 
@@ -146,6 +148,21 @@ def one_rank_is_silent(communicator: Communicator, silent: int, timeout_s: float
         communicator.allreduce(np.zeros(3, np.float32), timeout_s=timeout_s)
 
 
+def error_after_a_timeout(communicator: Communicator, silent: int) -> str:
+    if communicator.rank == silent:
+        return ""
+    try:
+        communicator.allreduce(np.zeros(3, np.float32), timeout_s=0.3)
+    except CollectiveTimeoutError:
+        pass
+    started = time.monotonic()
+    try:
+        communicator.barrier()
+    except CollectiveError as error:
+        return f"{error} (took {time.monotonic() - started:.0f} s)"
+    return "no error"
+
+
 def one_rank_is_late(communicator: Communicator, late: int, by_s: float) -> float:
     if communicator.rank == late:
         time.sleep(by_s)
@@ -187,16 +204,16 @@ def leave(communicator: Communicator, how: str) -> None:
     communicator.abort("again")
 
 
-def raise_out_of_the_program(communicator: Communicator, rank: int) -> None:
-    """A rank that no `except` saves, in the middle of the others' collective."""
+def raise_out_of_the_program(communicator: Communicator, rank: int, timeout_s: float) -> None:
+    """An error that no `except` catches ends one rank, while the others wait for it."""
     if communicator.rank == rank:
         raise SystemExit(3)
-    communicator.barrier()
+    communicator.barrier(timeout_s=timeout_s)
 
 
-def memory_segments(communicator: Communicator) -> list[str]:
-    communicator.barrier()
-    return [name for name in os.listdir("/dev/shm") if name.startswith("mpich")]
+def names_of_own_segments(communicator: Communicator) -> list[str]:
+    communicator.allreduce(np.ones(100_000))
+    return sorted(shared_memory_segments(os.getpid()))
 
 
 def send(control: Connection, message: Any) -> None:

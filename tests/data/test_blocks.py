@@ -294,6 +294,8 @@ def test_what_the_users_own_map_function_raises_is_not_swallowed():
 def test_trailing_nul_characters_of_strings_survive():
     ((_, block),) = from_rows([(["a\0", "b"], 0), (["", "\0"], 0)])
     assert block.batch.column(0).to_pylist() == [["a\0", "b"], ["", "\0"]]
+    ((_, block),) = from_rows([("a\0", 0), (np.array("b\0c"), 0)])
+    assert block.batch.column(0).to_pylist() == ["a\0", "b\0c"]
 
 
 # ---- the bytes
