@@ -96,7 +96,14 @@ class RankFailedError(AllReduceSparkError, RuntimeError):
         step: int | None = None,
         log_tail: tuple[str, ...] = (),
     ) -> None:
-        self.cause, self.rank, self.host, self.phase, self.step, self.log_tail = cause, rank, host, phase, step, log_tail
+        self.cause, self.rank, self.host, self.phase, self.step, self.log_tail = (
+            cause,
+            rank,
+            host,
+            phase,
+            step,
+            log_tail,
+        )
         where = f"rank {rank}" if rank is not None else "an agent"
         where += f" on {host}" if host else ""
         when = f" in phase '{phase}'" if phase else ""

@@ -38,7 +38,9 @@ class RankProcess:
         tail: The last lines that it printed.
     """
 
-    def __init__(self, rank: int, num_ranks: int, *, folder: Path, threads: int, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, rank: int, num_ranks: int, *, folder: Path, threads: int, environment: Mapping[str, str]
+    ) -> None:
         self._folder = folder
         mine, theirs = socket.socketpair()
         self.pmi, rank_pmi = socket.socketpair()

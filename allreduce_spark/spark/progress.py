@@ -36,7 +36,12 @@ class Display:
 
     def report(self, fields: dict[str, Any]) -> None:
         with self._lock:
-            if self._notes and not self._notes[-1].get("epoch_done") and "epoch" in fields and "epoch" in self._notes[-1]:
+            if (
+                self._notes
+                and not self._notes[-1].get("epoch_done")
+                and "epoch" in fields
+                and "epoch" in self._notes[-1]
+            ):
                 self._notes[-1] = fields  # nobody has seen the older one
             else:
                 self._notes.append(fields)

@@ -122,7 +122,9 @@ def _select(frame: DataFrame, columns: Columns) -> DataFrame:
     types = {field.name: field.dataType for field in frame.schema.fields}
     return frame.select(
         [
-            vector_to_array(frame[name]).alias(name) if isinstance(types[name], (VectorUDT, OldVectorUDT)) else frame[name]
+            vector_to_array(frame[name]).alias(name)
+            if isinstance(types[name], (VectorUDT, OldVectorUDT))
+            else frame[name]
             for name in dict.fromkeys(wanted)
         ]
     )
@@ -137,7 +139,9 @@ def _blocks_of_batches(
         batches, **_names(columns), partition=context.partitionId(), role=role, num_shards=num_shards
     )
     for shard, block in pairs:
-        yield pa.RecordBatch.from_pydict({"shard": pa.array([shard], pa.int32()), "block": pa.array([block], pa.binary())})
+        yield pa.RecordBatch.from_pydict(
+            {"shard": pa.array([shard], pa.int32()), "block": pa.array([block], pa.binary())}
+        )
 
 
 def _pair(row: Any) -> tuple[int, bytes]:

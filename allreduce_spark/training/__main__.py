@@ -67,7 +67,9 @@ def _cause(error: BaseException) -> str:
 
 def _is_consequence(error: BaseException) -> bool:
     """Whether another rank's failure may be behind this one; TensorFlow wraps what the all-reduce raises in the graph."""
-    return isinstance(error, CollectiveError) or "CollectiveError" in str(error) or "CollectiveTimeoutError" in str(error)
+    return (
+        isinstance(error, CollectiveError) or "CollectiveError" in str(error) or "CollectiveTimeoutError" in str(error)
+    )
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ class ShardBatches(keras.utils.PyDataset):
         seed: Seed of the order of rows, or None to keep them as they are.
     """
 
-    def __init__(self, shard: Shard, plan: BatchPlan, rank: int, *, first_row: int = 0, seed: int | None = None) -> None:
+    def __init__(
+        self, shard: Shard, plan: BatchPlan, rank: int, *, first_row: int = 0, seed: int | None = None
+    ) -> None:
         super().__init__()  # workers=1: Keras reads ahead in a thread of tf.data
         self._shard, self._plan, self._rank, self._first_row, self._seed = shard, plan, rank, first_row, seed
         self._order: tuple[int, np.ndarray] | None = None
@@ -88,7 +90,9 @@ class ShardBatches(keras.utils.PyDataset):
     def __getitem__(self, step: int) -> tuple[Any, ...]:
         count = self._plan.rows_of(self._rank, step)
         if count == 0:
-            return _as_keras_batch(self._shard.spec.zeros(1) if not len(self._shard) else self._shard.take(np.zeros(1, int)))
+            return _as_keras_batch(
+                self._shard.spec.zeros(1) if not len(self._shard) else self._shard.take(np.zeros(1, int))
+            )
         start = step * self._plan.batch_size
         if self._seed is None:
             rows = np.arange(start, start + count)

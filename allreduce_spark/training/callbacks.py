@@ -38,9 +38,7 @@ ROOT_ONLY = (
 )
 
 
-def callbacks_of_rank(
-    callbacks: Sequence[keras.callbacks.Callback], is_root: bool
-) -> list[keras.callbacks.Callback]:
+def callbacks_of_rank(callbacks: Sequence[keras.callbacks.Callback], is_root: bool) -> list[keras.callbacks.Callback]:
     """Those of the user's callbacks that run on this rank. `root_only = True` on a callback of one's own is respected."""
     return [c for c in callbacks if is_root or not (isinstance(c, ROOT_ONLY) or getattr(c, "root_only", False))]
 
@@ -49,7 +47,8 @@ def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
     """Whether a callback does something at the end of a batch, and so may stop the training there."""
     names = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
     return any(getattr(type(callback), name) is not getattr(keras.callbacks.Callback, name) for name in names) or any(
-        name in vars(callback) for name in names  # LambdaCallback sets them on the object
+        name in vars(callback)
+        for name in names  # LambdaCallback sets them on the object
     )
 
 
@@ -81,7 +80,9 @@ class First(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._state = MetricState(self.model, self._communicator)
-        globalize_losses(self.model, self._communicator, self._rows)  # Keras has built them by now, and traced nothing yet
+        globalize_losses(
+            self.model, self._communicator, self._rows
+        )  # Keras has built them by now, and traced nothing yet
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = self._batches.epoch = epoch

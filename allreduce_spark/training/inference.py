@@ -89,7 +89,9 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, fl
         batch[0], batch[1], sample_weight=batch[2], verbose=0
     )
     variables = metric_variables(model)
-    for variable, value in zip(variables, combine_states(variables, parts[0].initial, [p.state for p in parts]), strict=True):
+    for variable, value in zip(
+        variables, combine_states(variables, parts[0].initial, [p.state for p in parts]), strict=True
+    ):
         variable.assign(value)
     result = {name: float(value) for name, value in model.get_metrics_result().items()}
     model.reset_metrics()

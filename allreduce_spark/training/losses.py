@@ -97,7 +97,9 @@ class GlobalLoss(keras.losses.Loss):
         if isinstance(denominator, keras.KerasTensor):
             return 1.0  # Keras works out shapes; no step runs
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
-        argument = tf.zeros([0], tf.float64) if denominator is None else tf.reshape(tf.cast(denominator, tf.float64), [1])
+        argument = (
+            tf.zeros([0], tf.float64) if denominator is None else tf.reshape(tf.cast(denominator, tf.float64), [1])
+        )
         with tf.control_dependencies(self._order.after_the_last(graph)):
             factor = tf.numpy_function(self._sum_denominators, [tf.stop_gradient(argument)], tf.float64)
         self._order.remember(graph, factor)

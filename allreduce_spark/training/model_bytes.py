@@ -71,7 +71,9 @@ def custom_objects_of(model: keras.Model) -> dict[str, Any]:
     """The classes and functions, by name, that are needed to load this model and that Keras does not bring itself."""
     found: dict[str, Any] = dict(keras.saving.get_custom_objects())
     for used in _objects_in(model):
-        code = used if callable(used) and hasattr(used, "__name__") and not isinstance(used, keras.Layer) else type(used)
+        code = (
+            used if callable(used) and hasattr(used, "__name__") and not isinstance(used, keras.Layer) else type(used)
+        )
         if not _is_builtin(code):
             found.setdefault(code.__name__, code)
     return found
@@ -99,7 +101,9 @@ def _may_be_custom(value: object) -> bool:
 
 def _is_builtin(code: Any) -> bool:
     module = getattr(code, "__module__", None) or "builtins"
-    return module.split(".")[0] in ("keras", "tensorflow", "builtins", "numpy", "ml_dtypes") or code.__name__ == "<lambda>"
+    return (
+        module.split(".")[0] in ("keras", "tensorflow", "builtins", "numpy", "ml_dtypes") or code.__name__ == "<lambda>"
+    )
 
 
 def save_state(model: keras.Model, path: Path, about: Mapping[str, Any]) -> None:
@@ -136,7 +140,9 @@ def load_state(model: keras.Model, path: Path) -> None:
             if array.dtype.name != dtypes[name]:
                 array = array.view(_numpy_dtype(dtypes[name]))
             if tuple(variable.shape) != array.shape:
-                raise ConfigError(f"{variable.path} has shape {tuple(variable.shape)}, but was trained as {array.shape}")
+                raise ConfigError(
+                    f"{variable.path} has shape {tuple(variable.shape)}, but was trained as {array.shape}"
+                )
             variable.assign(array)
 
 

@@ -162,7 +162,9 @@ class GradientReducer:
             *(index for _, index in gathered),
         ]
 
-    def _gather(self, values: np.ndarray, indices: np.ndarray, rows: int, total: float) -> tuple[np.ndarray, np.ndarray]:
+    def _gather(
+        self, values: np.ndarray, indices: np.ndarray, rows: int, total: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         """All ranks' slices of one sparse gradient, each weighted by the rows of its rank."""
         if rows == 0:
             values, indices = values[:0], indices[:0]
@@ -191,7 +193,8 @@ class _FlatBuffer:
         skip = -memory.ctypes.data % ALIGNMENT_BYTES
         self.flat = memory[skip : skip + (int(starts[-1]) + 1) * dtype.itemsize].view(dtype)
         self.views = [
-            self.flat[start : start + a.size].reshape(a.shape) for start, a in zip(starts.tolist(), arrays, strict=False)
+            self.flat[start : start + a.size].reshape(a.shape)
+            for start, a in zip(starts.tolist(), arrays, strict=False)
         ]
 
     def fill(self, arrays: Sequence[np.ndarray], rows: int) -> None:

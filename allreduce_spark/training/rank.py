@@ -159,7 +159,9 @@ def _seed(seed: int, rank: int) -> None:
 
 
 def _open_shards(folder: Path, approved: dict[str, Any]) -> tuple[Shard, Shard]:
-    specs = [None if text is None else RowSpec.from_json(text) for text in (approved["spec"], approved["validation_spec"])]
+    specs = [
+        None if text is None else RowSpec.from_json(text) for text in (approved["spec"], approved["validation_spec"])
+    ]
     return Shard.open(folder / "train.arrow", specs[0]), Shard.open(folder / "validation.arrow", specs[1])
 
 
