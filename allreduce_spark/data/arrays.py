@@ -1,4 +1,4 @@
-"""Numpy arrays on the driver -> blocks: each shard gets one contiguous slice, so an unshuffled fit keeps the order."""
+"""Numpy arrays on the driver -> blocks, dealt out row by row: an unshuffled fit has the global batches that Keras has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from allreduce_spark.data.blocks import BLOCK_BYTES, Block, batch_of, encode_block
+from allreduce_spark.data.blocks import BLOCK_BYTES, BlockDealer, batch_of
 from allreduce_spark.data.spec import LeafSpec, RowSpec, describe
 from allreduce_spark.data.values import as_array, check_label, leaf_of
 from allreduce_spark.errors import DataError
@@ -35,7 +35,7 @@ def arrays_to_blocks(
         block_bytes: How large a block should be.
 
     Returns:
-        An iterator of (shard, block). Of n rows shard s gets rows s * n // num_shards to (s + 1) * n // num_shards.
+        An iterator of (shard, block), dealt out as `BlockDealer` says: row i goes to shard i % num_shards.
 
     Raises:
         DataError: The arrays have no rows or different numbers of rows, or hold what cannot be trained on.
@@ -76,12 +76,8 @@ def _common_length(spec: RowSpec, columns: list[np.ndarray]) -> int:
 def _blocks(
     spec: RowSpec, columns: list[np.ndarray], rows: int, role: str, num_shards: int, block_bytes: int
 ) -> Iterator[tuple[int, bytes]]:
+    dealer = BlockDealer(partition=0, role=role, num_shards=num_shards, block_bytes=block_bytes)
     text_bytes = sum(len(text) for column in columns if column.dtype.kind == "O" for text in column.flat)
-    step = max(1, block_bytes // max(1, spec.row_bytes + text_bytes // rows))
-    sequence = 0
-    for shard in range(num_shards):
-        end = (shard + 1) * rows // num_shards
-        for start in range(shard * rows // num_shards, end, step):
-            batch = batch_of(spec, [column[start : min(start + step, end)] for column in columns])
-            yield shard, encode_block(Block(spec, role, 0, sequence, batch))
-            sequence += 1
+    step = max(1, dealer.buffer_bytes // max(1, spec.row_bytes + text_bytes // rows))
+    for start in range(0, rows, step):
+        yield from dealer.deal(batch_of(spec, [column[start : start + step] for column in columns]), spec)
