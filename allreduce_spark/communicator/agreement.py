@@ -1,4 +1,4 @@
-"""What each rank says it is about to do, what a buffer must be for it, and the error where the ranks do not say the same.
+"""What each rank says it is about to do, what a buffer must be for it, and the error where the ranks disagree.
 
 Every implementation exchanges a `Call` of each rank before it moves any data. So ranks that disagree get an error with
 both values in it, at once and on all of them, where MPI alone would crash, hang or return garbage.
@@ -29,7 +29,7 @@ class Call:
     """One rank's next collective.
 
     Attributes:
-        words: The collective, its option, dtype and shape, as a person would want to read them. Must be equal on all ranks.
+        words: The collective, its option, dtype and shape, for people to read. Must be equal on all ranks.
         rows: Length of the first axis in `allgather`, where alone the ranks may differ; 0 elsewhere.
         size_bytes: Of this rank's buffer. For messages only: it is not told to the others.
     """
@@ -47,7 +47,8 @@ class Call:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Call:
-        return cls(data[_ROWS_BYTES:].rstrip(b"\0").decode(errors="replace"), int.from_bytes(data[:_ROWS_BYTES], "little"))
+        words = data[_ROWS_BYTES:].rstrip(b"\0").decode(errors="replace")
+        return cls(words, int.from_bytes(data[:_ROWS_BYTES], "little"))
 
 
 @lru_cache(maxsize=1024)
@@ -82,7 +83,7 @@ def allgather_call(buffer: np.ndarray) -> Call:
     """The call of `allgather`; ValueError where the buffer cannot be sent."""
     _check_layout(buffer, "allgather", writable=False)
     if buffer.ndim == 0:
-        raise ValueError("allgather joins arrays of different length, so it needs at least one axis: use buffer.reshape(1)")
+        raise ValueError("allgather joins arrays of any length, so it needs at least one axis: use buffer.reshape(1)")
     return Call(_words("allgather", "", buffer.dtype, ("*", *buffer.shape[1:])), buffer.shape[0], buffer.nbytes)
 
 
@@ -92,7 +93,10 @@ def _check_layout(buffer: np.ndarray, collective: str, *, writable: bool) -> Non
     if buffer.dtype.itemsize == 0:
         raise ValueError(f"{collective} needs a dtype of at least one byte, got {buffer.dtype!r}")
     if not buffer.flags.c_contiguous:
-        raise ValueError(f"{collective} needs a C-contiguous buffer, got strides {buffer.strides} for shape {buffer.shape}")
+        raise ValueError(
+            f"{collective} needs a C-contiguous buffer, got strides {buffer.strides} for shape {buffer.shape}: "
+            "use numpy.ascontiguousarray, and mind that it makes a copy"
+        )
     if writable and not buffer.flags.writeable:
         raise ValueError(f"{collective} writes its result into the buffer, but this one is read-only: pass a copy")
 
@@ -105,8 +109,8 @@ def _words(collective: str, option: str, dtype: np.dtype, shape: tuple[int | str
 def disagreement(calls: Sequence[Call]) -> str | None:
     """The message for ranks that do not say the same, or None where they do.
 
-    >>> disagreement([Call("barrier()"), Call("allreduce(sum) float32 [3]"), Call("barrier()")])
-    'the ranks do not agree on the next collective: rank 0, 2 called barrier(); rank 1 called allreduce(sum) float32 [3]'
+    >>> disagreement([Call("barrier()"), Call("close()"), Call("barrier()")])
+    'the ranks do not agree on the next collective: rank 0, 2 called barrier(); rank 1 called close()'
     """
     ranks_by_words: dict[str, list[int]] = {}
     for rank, call in enumerate(calls):

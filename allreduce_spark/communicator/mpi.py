@@ -2,20 +2,20 @@
 
 Importing this file loads the MPI library but does not initialise it; `open_mpi` does.
 
-Nothing here can wait for ever. Every collective is non-blocking and polled until a deadline, because MPI itself knows none:
-when a rank dies the others spin in their collective until somebody kills them. Polling also pays. After each
-poll the rank yields its core, and so 4 ranks on 2 cores need 0.03 ms for 4 KB where a blocking `MPI_Allreduce`
-needs 8 ms, and 0.7 ms for 1 MB where it needs a second. Yield by `os.sched_yield`, 0.4 us, not by `time.sleep(0)`, 70 us.
+Every collective is non-blocking and polled until a deadline, because MPI itself knows none: when a rank dies, the
+others spin in their collective until somebody kills them. Polling also pays: the rank yields its core after each poll,
+so 4 ranks on 2 cores all-reduce 4 KB in 0.07 ms and 1 MB in 0.8 ms, where a blocking MPI_Allreduce needs 8 ms and 1 s.
+Yield by `os.sched_yield`, which takes 0.4 us; `time.sleep(0)` takes 70.
 
-Before the data move, the ranks gather what each is about to do (`Call`, 64 bytes each). This costs 3 us in shared memory
-and 10 us by TCP, and in return:
+Before any data move, the ranks gather what each is about to do (`Call`, 64 bytes each). This costs about 5 us in shared
+memory and 12 us by TCP, and in return:
 
 * Ranks that disagree get an error that says who called what, before MPI can crash, hang or mix up their bytes.
-* A rank that waits for a slower one waits in this small step, where it may sleep and leave its core to others.
-* Data are in flight only while all ranks are in the same collective: a silent rank never leaves MPI holding a buffer.
+* A rank waits for slower ones in this small step, where it may sleep and leave its core to others.
+* Data are in flight only while all ranks are in the same collective: a silent rank leaves no buffer of ours with MPI.
 
-A rank that ends by an error must not finalise MPI, which would wait for the others; so only `close` does. Nor does it
-leave shared memory behind: `open_mpi` unlinks it once all ranks have mapped it.
+After an error MPI must not be finalised, which would wait for the others; so `close` alone does that. Nothing stays in
+/dev/shm either: `open_mpi` unlinks the shared memory once all ranks have mapped it.
 """
 
 from __future__ import annotations
@@ -61,18 +61,20 @@ __all__ = ["MPICommunicator", "open_mpi"]
 
 logger = logging.getLogger(__name__)
 
-_PATIENT_AFTER_S: Final = 0.005  # A wait this long is no longer part of a fast collective: others came late.
+_PATIENT_AFTER_S: Final = 0.005  # A wait this long is no part of a fast collective: somebody is late.
 _LONGEST_SLEEP_S: Final = 0.001
 _ABORT_TAG: Final = 1
-_ABORT_REASON_BYTES: Final = 512  # Small messages leave at once, without waiting for the receiver.
+_ABORT_NOTE_BYTES: Final = 512  # Small messages leave at once, without waiting for the receiver.
 _ABORT_WAIT_S: Final = 0.05
+
+_Transfer = Callable[[MPI.Request, Any], None]
 
 
 def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
-    """Initialise MPI in this process, and open a communicator of all ranks. Once per process: start a new one to try again.
+    """Initialise MPI in this process, and open a communicator of all ranks. Works once per process.
 
-    The environment must hold what `rendezvous.pmi.environment` and `mpi_environment` return. MPI_Init itself
-    knows no deadline: whoever started this process must watch it.
+    The environment must hold what `rendezvous.pmi.environment` and `mpi_environment` return. MPI_Init itself knows no
+    deadline: whoever started this process must watch it.
 
     Args:
         world: Who this process is to be.
@@ -80,7 +82,7 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
 
     Raises:
         ConfigError: MPI came up with another rank or size, or without support for threads.
-        CollectiveError: MPI was opened in this process before, or failed to start.
+        CollectiveError: MPI was opened in this process before.
         CollectiveTimeoutError: The other ranks initialised MPI but did not come to the first barrier.
     """
     if MPI.Is_finalized():
@@ -89,35 +91,35 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
         # TensorFlow calls from threads of its own, one at a time.
         MPI.Init_thread(MPI.THREAD_SERIALIZED)
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise ConfigError("MPI was initialised without support for threads: let open_mpi do it, or use THREAD_SERIALIZED")
-    try:
-        _check_world(world, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.Get_library_version())
-    except ConfigError:
-        if MPI.COMM_WORLD.size == 1:
-            MPI.Finalize()  # waits for nobody, and removes the shared memory
-        raise
-    MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_RETURN)
+        raise ConfigError("MPI was initialised without support for threads: ask for MPI.THREAD_SERIALIZED or more")
+    _check_world(world, MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size)
+    # COMM_SELF stands for errors of no communicator in particular, such as a lost connection that a poll comes upon.
+    for each in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        each.Set_errhandler(MPI.ERRORS_RETURN)
     communicator = MPICommunicator(MPI.COMM_WORLD, timeout_s)
-    # All ranks of this host have mapped the segments by now. They live on without a name, and end with the last process.
     communicator.barrier()
+    # All ranks of this host have mapped the shared memory by now. It lives on without a name, and ends with the last
+    # process, so nothing is left behind however a rank ends. MPI_Finalize does not mind.
     for segment in shared_memory_segments(os.getpid()):
         Path(segment).unlink(missing_ok=True)
     return communicator
 
 
-def _check_world(world: World, rank: int, size: int, library: str) -> None:
+def _check_world(world: World, rank: int, size: int) -> None:
     if (rank, size) == (world.rank, world.world_size):
         return
-    name = library.strip().splitlines()[0][:80]
-    hint = (
-        "It did not see PMI_FD, PMI_RANK and PMI_SIZE in its environment, or does not understand them: "
-        "the MPI library must be MPICH or Intel MPI; Open MPI cannot be used (pip install mpich)."
-        if size == 1
-        else "It took its rank from another launcher: do not start Spark's executors with mpiexec or srun."
-    )
+    library = MPI.Get_library_version().strip().splitlines()[0][:80]
+    if size == 1:
+        MPI.Finalize()  # alone, it waits for nobody; and it removes the shared memory
+        hint = (
+            "It did not find PMI_FD, PMI_RANK and PMI_SIZE in its environment, or does not understand them: "
+            "the library must be MPICH or Intel MPI; Open MPI cannot be used (pip install mpich)."
+        )
+    else:
+        hint = "It took its rank from another launcher: do not start Spark's executors by mpiexec or srun."
     raise ConfigError(
         f"MPI came up as rank {rank} of {size}, but this process is rank {world.rank} of {world.world_size}. "
-        f"{hint} The library is: {name}"
+        f"{hint} The library is {library}."
     )
 
 
@@ -135,16 +137,18 @@ class MPICommunicator:
         self._busy = threading.Lock()
         self._broken: str | None = None  # why no collective can be called any more
         self._has_left = False  # aborted or closed
-        self._in_flight: list[Any] = []
+        self._in_flight: list[Any] = []  # given up, and never freed: MPI may yet read or write there
         self._received = np.zeros((self.world_size, CALL_BYTES), np.uint8)
-        # MPI's own minimum of a number and NaN depends on their order, which differs between the ranks. numpy's is NaN, and
-        # commute=False keeps the order of the ranks, so all of them get the same bits.
+        # MPI's own minimum of a number and NaN depends on their order, which differs between the ranks. numpy's is NaN,
+        # and commute=False keeps the order of the ranks, so that all get the same bits.
         self._float_ops = {
             ReduceOp.MIN: MPI.Op.Create(_elementwise(np.minimum), commute=False),
             ReduceOp.MAX: MPI.Op.Create(_elementwise(np.maximum), commute=False),
         }
-        self._comm, duplication = parent.Idup()
+        self._comm = parent
+        duplicate, duplication = parent.Idup()
         self._wait(duplication, Call("open()"), time.monotonic(), timeout_s)
+        self._comm = duplicate  # not to be touched before the wait is over
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
 
     def allreduce(self, buffer: np.ndarray, op: ReduceOp = ReduceOp.SUM, *, timeout_s: float | None = None) -> None:
@@ -154,7 +158,7 @@ class MPICommunicator:
 
     def broadcast(self, buffer: np.ndarray, root: int = 0, *, timeout_s: float | None = None) -> None:
         with self._agreed(broadcast_call(buffer, root, self.rank, self.world_size), timeout_s) as (_, transfer):
-            if buffer.nbytes:
+            if buffer.size:
                 transfer(self._comm.Ibcast([_as_bytes(buffer), MPI.BYTE], root), buffer)
 
     def allgather(self, buffer: np.ndarray, *, timeout_s: float | None = None) -> list[np.ndarray]:
@@ -163,29 +167,26 @@ class MPICommunicator:
             sizes = [call.rows * row_bytes for call in calls]
             gathered = np.empty(sum(sizes), np.uint8)
             if gathered.size:
-                sent = [_as_bytes(buffer), MPI.BYTE]
-                transfer(self._comm.Iallgatherv(sent, [gathered, sizes, MPI.BYTE]), (buffer, gathered))
+                received = [gathered, sizes, MPI.BYTE]
+                transfer(self._comm.Iallgatherv([_as_bytes(buffer), MPI.BYTE], received), (buffer, gathered))
         parts = np.split(gathered, np.cumsum(sizes)[:-1])
-        return [
-            part.view(buffer.dtype).reshape(call.rows, *buffer.shape[1:]) for part, call in zip(parts, calls, strict=True)
-        ]
+        shapes = [(call.rows, *buffer.shape[1:]) for call in calls]
+        return [part.view(buffer.dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         with self._agreed(Call("barrier()"), timeout_s):
-            pass  # nobody knows what all are about to do before all have come
+            pass  # all have come: that is what agreeing takes
 
     def abort(self, reason: str) -> None:
-        """Break the group, and tell the other ranks: they look for it whenever a collective takes longer than usual."""
+        """Break the group, and tell the other ranks, who look for it whenever a collective takes longer than usual."""
         if self._has_left:
             return
         note = f"rank {self.rank} aborted the group: {reason}"
         self._has_left, self._broken = True, self._broken or note
-        # A thread that is in a collective sees the line above within a millisecond, raises, and leaves MPI to us.
-        if self._busy.acquire(timeout=_ABORT_WAIT_S):
-            try:
-                self._tell_others(note)
-            finally:
-                self._busy.release()
+        # In a thread of its own, because MPI_Isend by TCP to a rank that has died tries again for ever.
+        teller = threading.Thread(target=self._tell_others, args=[note], name="mpi-abort", daemon=True)
+        teller.start()
+        teller.join(_ABORT_WAIT_S)
 
     def close(self) -> None:
         if self._broken:
@@ -198,24 +199,22 @@ class MPICommunicator:
             MPI.Finalize()
 
     @contextmanager
-    def _agreed(self, call: Call, timeout_s: float | None) -> Iterator[tuple[list[Call], Callable[[MPI.Request, Any], None]]]:
+    def _agreed(self, call: Call, timeout_s: float | None) -> Iterator[tuple[list[Call], _Transfer]]:
         """Wait until all ranks have come and said the same; then the body may move data.
 
         Yields:
-            What each rank said, and a function that waits for a request; its second argument is what must stay alive till then.
+            What each rank said, and a function that waits for a request and keeps its second argument alive till then.
         """
+        self._raise_if_broken()
         if not self._busy.acquire(blocking=False):
             raise CollectiveError(f"two threads of rank {self.rank} are in a collective at once: {call}")
         try:
-            self._raise_if_broken()
             started, limit_s = time.monotonic(), self.timeout_s if timeout_s is None else timeout_s
             own = call.to_bytes()
             self._received.fill(0)
             self._wait(self._comm.Iallgather(own, self._received), call, started, limit_s, own, may_sleep=True)
-            yield (
-                self._calls_of_all(call, own),
-                lambda request, kept: self._wait(request, call, started, limit_s, kept),
-            )
+            calls = self._calls_of_all(call, own)
+            yield calls, lambda request, kept: self._wait(request, call, started, limit_s, kept)
         except BaseException as error:
             self._broken = self._broken or f"{type(error).__name__}: {error}"
             if isinstance(error, MPI.Exception):
@@ -225,8 +224,7 @@ class MPICommunicator:
             self._busy.release()
 
     def _calls_of_all(self, call: Call, own: bytes) -> list[Call]:
-        received = self._received.tobytes()
-        if received == own * self.world_size:
+        if self._received.tobytes() == own * self.world_size:
             return [call] * self.world_size
         calls = [Call.from_bytes(row.tobytes()) for row in self._received]
         message = disagreement(calls)
@@ -235,17 +233,24 @@ class MPICommunicator:
         return calls
 
     def _wait(
-        self, request: MPI.Request, call: Call, started: float, limit_s: float, kept: Any = None, *, may_sleep: bool = False
+        self,
+        request: MPI.Request,
+        call: Call,
+        started: float,
+        limit_s: float,
+        kept: Any = None,
+        *,
+        may_sleep: bool = False,
     ) -> None:
         """Poll until the request is complete, and yield the core in between.
 
         Args:
             request: What to wait for.
-            call: For the error.
+            call: What is named in an error.
             started: When the collective began, by `time.monotonic`.
             limit_s: Seconds after which it fails.
-            kept: Buffers of the request. Where we give up they are never freed: MPI may yet write to them.
-            may_sleep: Nothing but other ranks' arrival is waited for, so that sleeping loses no bandwidth.
+            kept: Buffers of the request.
+            may_sleep: Only the arrival of other ranks is waited for, so that sleeping loses no bandwidth.
         """
         next_look_s = _PATIENT_AFTER_S
         try:
@@ -253,38 +258,42 @@ class MPICommunicator:
                 waited_s = time.monotonic() - started
                 if waited_s >= next_look_s:
                     next_look_s = waited_s + _LONGEST_SLEEP_S
-                    self._give_up_if_hopeless(call, waited_s, limit_s)
+                    self._raise_if_hopeless(call, waited_s, limit_s)
                 if may_sleep and waited_s >= _PATIENT_AFTER_S:
-                    time.sleep(min(waited_s / 100, _LONGEST_SLEEP_S))  # so we come at most about 1% too late
+                    time.sleep(min(waited_s / 100, _LONGEST_SLEEP_S))  # and so come about 1% too late at most
                 else:
                     os.sched_yield()
         except BaseException:
             self._in_flight.append((request, kept))
             raise
 
-    def _give_up_if_hopeless(self, call: Call, waited_s: float, limit_s: float) -> None:
-        self._raise_if_broken()
+    def _raise_if_hopeless(self, call: Call, waited_s: float, limit_s: float) -> None:
+        self._raise_if_broken()  # another thread of this rank may have aborted
         message = self._comm.Improbe(MPI.ANY_SOURCE, _ABORT_TAG)
         if message:
-            reason = np.zeros(_ABORT_REASON_BYTES, np.uint8)
-            message.Recv(reason)
-            raise CollectiveError(reason.tobytes().rstrip(b"\0").decode(errors="replace"))
-        if waited_s >= limit_s:
-            silent = [rank for rank in range(self.world_size) if not self._received[rank].any()]
-            raise CollectiveTimeoutError(
-                f"rank {self.rank} waited {waited_s:.1f} s in {call} "
-                + (f"without a word from {name_ranks(silent)}" if silent else "for the data of the others, who had all come")
-                + f". If the ranks are only slow, raise collective_timeout_s (now {limit_s:g})."
-            )
+            note = np.zeros(_ABORT_NOTE_BYTES, np.uint8)
+            message.Recv(note)
+            raise CollectiveError(note.tobytes().rstrip(b"\0").decode(errors="replace"))
+        if waited_s < limit_s:
+            return
+        silent = [rank for rank in range(self.world_size) if rank != self.rank and not self._received[rank].any()]
+        waited_for = f"{name_ranks(silent)}, of which one at least did not come" if silent else "the data of the others"
+        raise CollectiveTimeoutError(
+            f"rank {self.rank} waited {waited_s:.1f} s in {call} for {waited_for}. "
+            f"If the ranks are only slow, raise collective_timeout_s (now {limit_s:g})."
+        )
 
-    def _tell_others(self, reason: str) -> None:
-        """Send each rank the reason. Best effort: it takes no longer than `_ABORT_WAIT_S`, and ignores who is gone."""
-        note = np.frombuffer(reason.encode()[:_ABORT_REASON_BYTES], np.uint8)
+    def _tell_others(self, note: str) -> None:
+        """Send each rank the note, as far as that can be done at once. MPI is not called any more afterwards."""
+        # A thread that is in a collective sees within a millisecond that the group is broken, and leaves MPI to us.
+        if not self._busy.acquire(timeout=_ABORT_WAIT_S):
+            return
+        data = np.frombuffer(note.encode()[:_ABORT_NOTE_BYTES], np.uint8)
         deadline = time.monotonic() + _ABORT_WAIT_S
         try:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
-            requests = [self._comm.Isend(note, rank, _ABORT_TAG) for rank in others]
-            self._in_flight.append((requests, note))
+            requests = [self._comm.Isend(data, rank, _ABORT_TAG) for rank in others]
+            self._in_flight.append((requests, data))
             while not MPI.Request.Testall(requests) and time.monotonic() < deadline:
                 os.sched_yield()
         except MPI.Exception as error:
@@ -303,7 +312,7 @@ class MPICommunicator:
 
 
 def _elementwise(ufunc: np.ufunc) -> Callable[[Any, Any, MPI.Datatype], None]:
-    """A reduction for MPI: `accumulated = ufunc(incoming, accumulated)`, where `incoming` comes from the lower ranks."""
+    """A reduction for MPI: accumulated = ufunc(incoming, accumulated), where `incoming` comes from the lower ranks."""
 
     def combine(incoming: Any, accumulated: Any, datatype: MPI.Datatype) -> None:
         dtype = np.dtype(datatype.tocode())

@@ -16,8 +16,8 @@ __all__ = ["mpi_environment", "shared_memory_segments"]
 def mpi_environment(interface: str | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that make MPICH talk by TCP over one network interface (and by shared memory within a host).
 
-    TCP because it works everywhere. One interface because with an unroutable bridge such as docker0 among them libfabric
-    hangs in MPI_Init and UCX aborts.
+    TCP because it works everywhere. One interface because with an unroutable bridge such as docker0 among them
+    libfabric hangs in MPI_Init and UCX aborts.
 
     Args:
         interface: Such as `eth0`: the one whose address is the source of a connection to the driver. None leaves the

@@ -1,10 +1,10 @@
 """The PMI-1 words that MPICH speaks at MPI_Init, answered as a pure state machine: no sockets, no threads.
 
-A process becomes an MPI rank if its environment holds what `environment` returns. It then asks, line by line over the file
-descriptor `PMI_FD`, for its key space, puts its address there, waits in barriers and gets the addresses of the others.
+A process becomes an MPI rank if its environment holds what `environment` returns. Over the file descriptor `PMI_FD` it
+then asks, line by line, for its key space, puts its address there, waits in barriers and gets the others' addresses.
 Whoever holds the other ends passes each line to `KeySpace.answer` and sends the replies, so MPI needs no launcher.
 
-The words are those of MPICH's own client (`src/pmi/src/pmi_v1.c`); RFC 13 of the Flux framework describes them in prose:
+The words are those of MPICH's own client (`src/pmi/src/pmi_v1.c`). RFC 13 of the Flux framework tells them in prose:
 https://flux-framework.readthedocs.io/projects/flux-rfc/en/latest/spec_13.html
 """
 
@@ -17,7 +17,7 @@ from typing import Final
 
 from allreduce_spark.errors import ProtocolError, RankFailedError
 
-__all__ = ["KeySpace", "NAME_LIMIT", "KEY_LIMIT", "VALUE_LIMIT", "environment", "process_mapping"]
+__all__ = ["KEY_LIMIT", "NAME_LIMIT", "VALUE_LIMIT", "KeySpace", "environment", "process_mapping"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class KeySpace:
     deadline, and `waiting_for` tells whom to name when it passes.
 
     Args:
-        name: Must be new for every generation: MPICH hashes it into the names of its shared memory (`/dev/shm/mpich_shm_*`),
-            and two groups of one name corrupt each other. No whitespace and no `=`.
+        name: Must be new for every generation: MPICH hashes it into the names of its shared memory, and two groups of
+            one name corrupt each other. No whitespace and no `=`.
         size: How many ranks there are.
         process_mapping: Which ranks share a host, as `process_mapping()` says it.
 
@@ -78,16 +78,14 @@ class KeySpace:
             ProtocolError: The line is not PMI-1 at all, or `rank` is not of this group.
         """
         if not 0 <= rank < self.size:
-            raise ProtocolError(f"a PMI line came from rank {rank}, but key space '{self.name}' has ranks 0 to {self.size - 1}")
+            raise ProtocolError(f"rank {rank} sent a PMI line to '{self.name}', which has ranks 0 to {self.size - 1}")
         fields = _fields(line)
         command = fields.get("cmd") or fields.get("mcmd")
         match command:
             case None:
-                raise ProtocolError(f"rank {rank} sent a line without 'cmd=' to key space '{self.name}': {line[:200]!r}")
+                raise ProtocolError(f"rank {rank} sent a PMI line without 'cmd=' to '{self.name}': {line[:200]!r}")
             case "abort":
-                raise RankFailedError(
-                    f"called MPI_Abort with exit code {fields.get('exitcode', 'unknown')}", rank=rank, phase=None
-                )
+                raise RankFailedError(f"called MPI_Abort with exit code {fields.get('exitcode', 'unknown')}", rank=rank)
             case "barrier_in" if "group" not in fields:
                 return self._barrier(rank)
             case "put" | "get" if fields.get("kvsname") != self.name:
@@ -156,17 +154,17 @@ def process_mapping(nodes: Sequence[int]) -> str:
     Ranks that share a host also share memory, so build `nodes` from hosts that were seen to share memory: equal names
     do not prove it (containers), and MPICH crashes or hangs where it does not hold.
 
-    Each block `(first_node, num_nodes, ranks_per_node)` stands for that many consecutive ranks, and blocks follow each other
-    in rank order. The blocks always name every rank: what MPICH does after the last block (it starts again at a
-    block whose first node is 0) has changed between versions, so it is not relied on.
+    Each block `(first_node, num_nodes, ranks_per_node)` stands for that many consecutive ranks, and the blocks follow
+    each other in rank order. They always name every rank: what MPICH does after the last block (it starts again at
+    one whose first node is 0) has changed between versions, so it is not relied on.
 
     Args:
         nodes: For each rank, in rank order, the index of its host; `World.node_rank`.
 
     Returns:
-        The value, shorter than `VALUE_LIMIT`. A layout so scattered that it does not fit is given as one host for each rank:
-        right, but ranks of one host then talk by TCP; a warning says so. Ranks numbered host by host always
-        fit for at least 60 hosts, and for any number of hosts with equally many ranks.
+        The value, shorter than `VALUE_LIMIT`. A layout so scattered that it does not fit is given as one host for each
+        rank: right, but ranks of one host then talk by TCP; a warning says so. Ranks numbered host by host always fit
+        on 60 hosts, and on any number of hosts with equally many ranks.
 
     >>> process_mapping([0, 0, 1, 1])
     '(vector,(0,2,2))'

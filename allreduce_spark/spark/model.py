@@ -8,6 +8,7 @@ import random
 import secrets
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +16,9 @@ from pyspark import RDD, SparkContext
 from pyspark.sql import DataFrame
 
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
-from allreduce_spark.data.spec import RowSpec, common_spec
-from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.server import Rendezvous
+from allreduce_spark.spark.approval import approve
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display
 from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
@@ -132,7 +132,7 @@ class SparkModel:
             class_weight=class_weight,
             seed=random.randrange(2**32) if seed is None else seed,
         )
-        users = check_callbacks(callbacks or ())
+        users = check_callbacks([] if callbacks is None else callbacks)
         columns = _columns(features_col, label_col, weight_col)
         if validation_split and validation_data is not None:
             raise ConfigError("validation_split and validation_data are both given; choose one")
@@ -150,7 +150,12 @@ class SparkModel:
                     num_ranks,
                     key,
                     self.timeouts,
-                    approve=lambda joins: _approve(joins, config),
+                    approve=partial(
+                        approve,
+                        model=self.model,
+                        config=config,
+                        with_validation_data=validation_data is not None,
+                    ),
                     on_progress=display.report,
                     on_result=file.write,
                 )
@@ -227,33 +232,14 @@ def _verbosity(verbose: int | str) -> int:
 
 def _columns(features: str | Sequence[str], label: str | Sequence[str], weight: str | None) -> Columns:
     def names(argument: str, value: Any) -> tuple[str, ...]:
-        value = (value,) if isinstance(value, str) else tuple(value)
-        if not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{argument} must be a column name or a list of them, got {value!r}")
-        return value
+        columns = (value,) if isinstance(value, str) else value
+        if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+            raise ConfigError(f"{argument} must be a column name or a list of them, got {value!r}.")
+        return tuple(columns)
 
+    if not (weight is None or isinstance(weight, str)):
+        raise ConfigError(f"weight_col must be a column name or None, got {weight!r}.")
     return Columns(names("features_col", features), names("label_col", label), weight)
-
-
-def _approve(joins: Sequence[Join], config: FitConfig) -> dict[str, Any]:
-    """Check what the shards hold before any rank starts: enough rows, and rows of one kind."""
-    rows = sum(join.rows for join in joins)
-    if rows == 0:
-        raise DataError("the training data has no rows")
-    if config.validation_split and int(rows * (1 - config.validation_split)) == 0:
-        raise DataError(f"validation_split={config.validation_split} of {rows} rows leaves none to train on")
-
-    def agree(which: str) -> str | None:
-        agreed: tuple[RowSpec, str] | None = None
-        for join in joins:
-            text = getattr(join, which)
-            if text is not None:
-                name = f"the shard of rank {join.rank}"
-                spec = RowSpec.from_json(text)
-                agreed = (common_spec(agreed[0], spec, (agreed[1], name)) if agreed else spec, name)
-        return agreed[0].to_json() if agreed else None
-
-    return {"spec": agree("spec"), "validation_spec": agree("validation_spec")}
 
 
 def _without_labels(data: Any) -> Any:

@@ -59,8 +59,12 @@ def shards_of(context: SparkContext, data: Any, validation: Any, columns: Column
         DataError: Arrays or columns that can be seen here to be unfit. What is wrong with single rows of an RDD or a
             DataFrame shows when the stage reads them.
     """
-    parts = {"train": data, "validation": validation}
-    pairs = {role: _pairs(part, role, columns, num_ranks) for role, part in parts.items() if part is not None}
+    pairs = {"train": _pairs(data, "train", columns, num_ranks)}
+    if validation is not None:
+        try:
+            pairs["validation"] = _pairs(validation, "validation", columns, num_ranks)
+        except DataError as error:
+            raise DataError(f"validation_data: {error}") from error
     if all(isinstance(part, list) for part in pairs.values()):
         per_rank = _by_shard([pair for part in pairs.values() for pair in part], num_ranks)
         if max(sum(map(len, blocks)) for blocks in per_rank) <= DIRECT_BYTES_PER_RANK:
@@ -93,9 +97,27 @@ def _pairs(data: Any, role: str, columns: Columns, num_shards: int) -> list[tupl
     if isinstance(data, (tuple, list)) and len(data) in (1, 2, 3):
         return list(arrays_to_blocks(*data, role=role, num_shards=num_shards))
     raise DataError(
-        f"the {role} data is a {type(data).__name__}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs, "
-        "or a DataFrame"
+        f"the data is of type {_type_name(data)}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs for "
+        f"single rows, or a Spark DataFrame. {_way_to_spark(data)}"
     )
+
+
+def _type_name(data: Any) -> str:
+    name = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+    return f"{name} of length {len(data)}" if isinstance(data, (tuple, list)) else name
+
+
+def _way_to_spark(data: Any) -> str:
+    module = type(data).__module__
+    if module.startswith("pandas"):
+        return "Make a Spark DataFrame of it with spark.createDataFrame(data)."
+    if module.startswith(("tensorflow", "keras", "torch")):
+        return "A data set that is made for one process cannot be divided among ranks: give the rows themselves."
+    if isinstance(data, list):
+        return "Make an RDD of a list of rows with spark.sparkContext.parallelize(rows)."
+    if isinstance(data, str):
+        return "Read a file with spark.read first."
+    return ""
 
 
 def _blocks_of_rows(partition: int, rows: Iterable[Any], *, role: str, num_shards: int) -> Iterator[tuple[int, bytes]]:

@@ -146,10 +146,11 @@ def run_stage(
         rendezvous.wait(task.timeouts.teardown_s)
         raise
     finally:
-        if rendezvous.failure is not None and not rendezvous.wait_for_departure(LEAVE_S):
+        if rendezvous.failure is not None and not job.join(LEAVE_S):
             job.cancel()  # for agents that are deep in Spark, reading rows, and do not listen
-        rendezvous.close()
-        job.join(task.timeouts.teardown_s)
+        if not job.join(task.timeouts.teardown_s):
+            log.warning("the Spark job of the fit has not ended %.0f s after its ranks", task.timeouts.teardown_s)
+        rendezvous.close()  # last: an agent that comes late is told that it is over, rather than finding no driver
     if rendezvous.failure is not None:
         raise _error_of(rendezvous.failure)
     assert rendezvous.result is not None
@@ -204,10 +205,10 @@ class _Job:
         if not self.ended:
             self._context.cancelJobsWithTag(self._tag)
 
-    def join(self, timeout_s: float) -> None:
+    def join(self, timeout_s: float) -> bool:
+        """Wait for its end, `timeout_s` at most; return whether it has ended."""
         self._thread.join(timeout_s)
-        if not self.ended:
-            log.warning("the Spark job of the fit has not ended %.0f s after its ranks", timeout_s)
+        return self.ended
 
 
 def _failure_of_job(error: Exception | None) -> Failure:

@@ -21,7 +21,6 @@ from allreduce_spark.communicator.base import Communicator, ReduceOp
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
-from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.metrics import MetricState
 from allreduce_spark.training.optimizer import StepRows
 
@@ -80,9 +79,6 @@ class First(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._state = MetricState(self.model, self._communicator)
-        globalize_losses(
-            self.model, self._communicator, self._rows
-        )  # Keras has built them by now, and traced nothing yet
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = self._batches.epoch = epoch

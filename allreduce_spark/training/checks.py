@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a model or its callbacks on the driver, before anything starts."""
+"""What can be seen to be wrong with a model, its callbacks or its rows on the driver, before any rank starts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 
 import keras
 
-from allreduce_spark.errors import ConfigError
+from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
+from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.training.metrics import metric_variables
 
-__all__ = ["check_callbacks", "check_model"]
+__all__ = ["check_callbacks", "check_model", "check_rows"]
 
 
 def check_model(model: object) -> keras.Model:
@@ -35,10 +36,11 @@ def check_model(model: object) -> keras.Model:
     if any(getattr(variable, "overwrite_with_gradient", False) for variable in model.trainable_variables):
         raise ConfigError("float8 quantization-aware training keeps scales per process and is not supported.")
     metric_variables(model)
+    _refuse_half_built(model)
     return model
 
 
-def check_callbacks(callbacks: Sequence[object]) -> list[keras.callbacks.Callback]:
+def check_callbacks(callbacks: object) -> list[keras.callbacks.Callback]:
     """Return the callbacks as a list, or say which of them cannot work.
 
     Raises:
@@ -46,6 +48,8 @@ def check_callbacks(callbacks: Sequence[object]) -> list[keras.callbacks.Callbac
     """
     if isinstance(callbacks, keras.callbacks.Callback):
         callbacks = [callbacks]
+    if not isinstance(callbacks, (list, tuple)):
+        raise ConfigError(f"callbacks must be a list of keras.callbacks.Callback objects, got {callbacks!r}.")
     for callback in callbacks:
         if not isinstance(callback, keras.callbacks.Callback):
             raise ConfigError(f"callbacks must be keras.callbacks.Callback objects, got {callback!r}.")
@@ -54,7 +58,77 @@ def check_callbacks(callbacks: Sequence[object]) -> list[keras.callbacks.Callbac
                 "BackupAndRestore would restore one rank only, and the ranks would go different ways. Leave it out; "
                 "ModelCheckpoint works (it writes on rank 0)."
             )
-    return list(callbacks)  # type: ignore[arg-type]
+    return list(callbacks)
+
+
+def check_rows(model: keras.Model, spec: RowSpec) -> None:
+    """Make sure that rows of this kind fit the model, as far as can be told without running a step.
+
+    A model that is not built takes whatever comes first, and the `call` of a subclass may do anything: they are not
+    looked at.
+
+    Raises:
+        DataError: The rows have no labels that the loss could use, or their x is not what the inputs of the model take.
+    """
+    loss = _compile_arguments(model).get("loss")
+    if spec.y is None and loss is not None:
+        name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", repr(loss))
+        raise DataError(f"the rows have no labels, but the model was compiled with the loss {name!r}: give (x, y).")
+    problem = _misfit(model, spec.x) if getattr(model, "inputs", None) else None
+    if problem is not None:
+        raise DataError(problem)
+
+
+def _misfit(model: keras.Model, x: LeafSpec | NestSpec) -> str | None:
+    """Why the inputs of a functional or Sequential model do not take rows with this x, or None where they do."""
+    tensors = {tensor.name: tensor for tensor in model.inputs}
+    named = not isinstance(model, keras.Sequential) and isinstance(model.input, dict)
+    if named:
+        tensors = dict(model.input)
+    if isinstance(x, LeafSpec):
+        leaves: tuple[Any, ...] = (x,)
+    else:
+        leaves = x.parts
+    if isinstance(x, NestSpec) and x.kind == "dict":
+        missing, surplus = sorted(set(tensors) - set(x.keys)), sorted(set(x.keys) - set(tensors))
+        # Beside named inputs Keras takes a surplus array for the input whose place in the alphabet it has.
+        if missing or (named and surplus):
+            return f"the model has the inputs {sorted(tensors)}, but x is {x}: the names must be the same."
+        by_name = dict(zip(x.keys, x.parts, strict=True))
+        leaves = tuple(by_name[name] for name in tensors)
+    elif len(leaves) != len(tensors) or (named and isinstance(x, NestSpec) and list(tensors) != sorted(tensors)):
+        names = ", ".join(map(repr, tensors))
+        return (
+            f"the model has {len(tensors)} inputs ({names}), but x is {'one array' if len(leaves) == 1 else x}: give a dict "
+            "{name: array}; of a DataFrame, name one column per input in features_col."
+        )
+    for leaf, (name, tensor) in zip(leaves, tensors.items(), strict=True):
+        if isinstance(leaf, LeafSpec) and not _may_take(tensor, leaf) and not _takes(model, x):
+            shape = tuple(tensor.shape[1:])
+            which = "the model takes" if len(tensors) == 1 else f"the input {name!r} of the model takes"
+            return (
+                f"{leaf.name} has rows of shape {leaf.shape} and type {leaf.dtype}, but {which} shape {shape} and type "
+                f"{tensor.dtype}: reshape or convert the rows, or make the model with keras.Input({leaf.shape})."
+            )
+    return None
+
+
+def _may_take(tensor: Any, leaf: LeafSpec) -> bool:
+    expected = tensor.shape[1:]
+    same_shape = len(expected) == len(leaf.shape) and all(
+        size in (None, given) for size, given in zip(expected, leaf.shape, strict=True)
+    )
+    return same_shape and (leaf.dtype == STRING) == (tensor.dtype == "string")
+
+
+def _takes(model: keras.Model, x: LeafSpec | NestSpec) -> bool:
+    """Ask Keras itself, with one row of zeros: it is more lenient than its shapes say, above all in a Sequential model."""
+    zeros, _, _ = RowSpec(x).zeros(1)
+    try:
+        model(zeros)
+    except Exception:  # noqa: BLE001 - the layers, the user's among them, raise whatever they like
+        return False
+    return True
 
 
 def _compile_arguments(model: keras.Model) -> dict[str, Any]:
@@ -85,6 +159,16 @@ def _refuse_losses_without_reduction(model: keras.Model) -> None:
                 f"the loss {loss.name!r} has reduction={loss.reduction!r}, so it is a number per row and there is no mean "
                 "over the global batch. Use 'sum_over_batch_size', 'mean_with_sample_weight' or 'sum'."
             )
+
+
+def _refuse_half_built(model: keras.Model) -> None:
+    unbuilt = [layer.name for layer in model._flatten_layers() if not layer.built]
+    if model.built and unbuilt:
+        # `build(input_shape)` of a subclassed model may leave it so; Keras could save such a model, but not load it.
+        raise ConfigError(
+            f"the model is built, but its layers {unbuilt} are not. Call the model once on a batch of data before "
+            "SparkModel, or do not build it: then the first fit does."
+        )
 
 
 def _refuse_hidden_optimizers(model: keras.Model) -> None:

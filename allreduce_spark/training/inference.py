@@ -16,7 +16,7 @@ import numpy as np
 from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.shard import Shard, ShardWriter
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
-from allreduce_spark.training.metrics import combine_states, metric_variables
+from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
 from allreduce_spark.training.model_bytes import load_model
 
 __all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
@@ -76,9 +76,9 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
             return None
         model = _model(task)
         model.evaluate(batches, verbose=0)
-        state = [np.array(variable) for variable in metric_variables(model)]
+        state = [value_of(variable) for variable in metric_variables(model)]
         model.reset_metrics()
-        initial = [np.array(variable) for variable in metric_variables(model)]
+        initial = [value_of(variable) for variable in metric_variables(model)]
         return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import cloudpickle
 import keras
-import numpy as np
 
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
@@ -77,7 +76,7 @@ def make_job(
     Raises:
         ConfigError: The model, a custom object or a callback cannot be sent to another machine.
     """
-    seeds = [np.array(variable).tolist() for variable in seed_variables(model)]
+    seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
     return Job(model_to_bytes(model), objects, config, timeouts, seeds)
 
@@ -92,9 +91,19 @@ def pickle_objects(objects: Any) -> bytes:
         return cloudpickle.dumps(objects)
     except Exception as error:  # pickling runs the user's code, so anything can come
         raise ConfigError(
-            f"the callbacks or custom objects cannot be sent to the executors: {type(error).__name__}: {error}. They hold "
-            "something that exists on the driver only, such as an open file, a lock or a Spark session."
+            f"{_unsendable(objects)!r} cannot be sent to the executors: {type(error).__name__}: {error}. It holds something "
+            "that exists on the driver only, such as an open file, a lock or a Spark session."
         ) from error
+
+
+def _unsendable(objects: Any) -> Any:
+    """The first of the user's objects that cannot be pickled."""
+    for part in keras.tree.flatten(objects):
+        try:
+            cloudpickle.dumps(part)
+        except Exception:  # noqa: BLE001 - as above
+            return part
+    return objects
 
 
 def seed_variables(model: keras.Model) -> list[keras.Variable]:

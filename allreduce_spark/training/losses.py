@@ -26,17 +26,30 @@ __all__ = ["GlobalLoss", "globalize_losses"]
 
 
 def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows) -> None:
-    """Put a `GlobalLoss` around each loss that the model was compiled with. The model must be built, losses included."""
+    """Put a `GlobalLoss` around each loss that the model was compiled with."""
     compiled = model._compile_loss
-    if compiled is None or not compiled.built or communicator.world_size == 1:
+    if compiled is None or communicator.world_size == 1:
         return
     order = _Order()
-    compiled._flat_losses = [
-        entry._replace(loss=GlobalLoss(entry.loss, communicator, rows, order))
-        if type(entry.loss).__call__ is keras.losses.Loss.__call__
-        else entry
-        for entry in compiled._flat_losses
-    ]
+
+    def wrap() -> None:
+        compiled._flat_losses = [
+            entry._replace(loss=GlobalLoss(entry.loss, communicator, rows, order))
+            if type(entry.loss).__call__ is keras.losses.Loss.__call__
+            else entry
+            for entry in compiled._flat_losses
+        ]
+
+    if compiled.built:
+        wrap()
+        return
+    build = compiled.build  # Keras finds out which losses there are when it traces the first step
+
+    def build_and_wrap(y_true: Any, y_pred: Any) -> None:
+        build(y_true, y_pred)
+        wrap()
+
+    compiled.build = build_and_wrap
 
 
 class _Order:

@@ -15,7 +15,7 @@ import numpy as np
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["MetricState", "combine_states", "metric_variables"]
+__all__ = ["MetricState", "combine_states", "metric_variables", "value_of"]
 
 
 def metric_variables(model: keras.Model) -> list[keras.Variable]:
@@ -71,11 +71,11 @@ class MetricState:
 
     def begin(self) -> None:
         """Remember the state that every rank starts the epoch with; call it right after Keras has reset the metrics."""
-        self._initial = {id(variable): _value(variable) for variable in metric_variables(self._model)}
+        self._initial = {id(variable): value_of(variable) for variable in metric_variables(self._model)}
 
     def keep(self) -> None:
         """Remember the state of now, for `restore`."""
-        self._kept = [(variable, _value(variable)) for variable in metric_variables(self._model)]
+        self._kept = [(variable, value_of(variable)) for variable in metric_variables(self._model)]
 
     def restore(self) -> None:
         """Take back all that has happened to the metrics since `keep`."""
@@ -84,12 +84,12 @@ class MetricState:
             variable.assign(value)
         for variable in metric_variables(self._model):
             if id(variable) not in kept:  # made in the first step, by a metric that builds itself late
-                variable.assign(np.zeros(variable.shape, _value(variable).dtype))
+                variable.assign(np.zeros(variable.shape, value_of(variable).dtype))
 
     def combine(self) -> None:
         """Replace this rank's state by that of all ranks; all must call."""
         for variable in metric_variables(self._model):
-            value = _value(variable)
+            value = value_of(variable)
             initial = self._initial.get(id(variable), np.zeros_like(value))
             wide = np.array(value, _wide(value.dtype))
             match variable.aggregation:
@@ -105,8 +105,9 @@ class MetricState:
             variable.assign(wide.astype(value.dtype))
 
 
-def _value(variable: keras.Variable) -> np.ndarray:
-    return np.array(keras.ops.convert_to_numpy(variable.value))
+def value_of(variable: keras.Variable) -> np.ndarray:
+    """A copy of a variable's value; what TensorFlow itself hands out may be its own memory."""
+    return np.array(variable.numpy())
 
 
 def _wide(dtype: np.dtype) -> np.dtype:

@@ -110,7 +110,7 @@ def save_state(model: keras.Model, path: Path, about: Mapping[str, Any]) -> None
     """Write all variables of model and optimizer, and `about` as JSON, to a safetensors file."""
     arrays, dtypes = {}, {}
     for name, variable in _named_variables(model):
-        array = np.array(keras.ops.convert_to_numpy(variable.value), order="C")  # np.ascontiguousarray makes 1-d of 0-d
+        array = variable.numpy()
         dtypes[name] = variable.dtype
         # Types of which safetensors' numpy side knows nothing (bfloat16, float8) travel as the bytes they are.
         arrays[name] = array if array.dtype.kind in "fiub" else array.view(np.dtype(f"u{array.dtype.itemsize}"))

@@ -105,7 +105,7 @@ class GradientReducer:
 
     def __init__(self, communicator: Communicator, rows: StepRows, moving: Sequence[keras.Variable] = ()) -> None:
         self._communicator, self._rows, self._moving = communicator, rows, list(moving)
-        self._moving_before = [np.array(variable, np.float32) for variable in moving]
+        self._moving_before = [np.array(variable.numpy(), np.float32) for variable in moving]
         self._buffers: itertools.cycle[_FlatBuffer] | None = None
 
     def __call__(self, gradients: list[Any]) -> list[Any]:

@@ -25,6 +25,7 @@ from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.job import Job, seed_variables
+from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.result import build_like, write_result
@@ -108,6 +109,7 @@ def train(
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
     rows = StepRows()
     distribute(model.optimizer, communicator, rows, moving_variables(model))
+    globalize_losses(model, communicator, rows)
     first = First(communicator, rows, (plan, batches), validation[0] if validation else None, status, report)
     history = model.fit(
         batches,
@@ -136,7 +138,7 @@ def check_same_weights(model: keras.Model, communicator: Communicator) -> None:
     """
     digest = hashlib.sha256()
     for variable in (*model.weights, *model.optimizer.variables):
-        digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value)).view(np.uint8).data)
+        digest.update(variable.numpy().tobytes())
     digests = [part.tobytes() for part in communicator.allgather(np.frombuffer(digest.digest(), np.uint8))]
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
@@ -190,7 +192,7 @@ def _build(model: keras.Model, shard: Shard, communicator: Communicator) -> None
     build_like(model, shard.spec)
     if not was_built:
         for variable in model.weights:  # each rank has drawn its own
-            value = np.array(variable)
+            value = np.array(variable.numpy())
             communicator.broadcast(value)
             variable.assign(value)
 
@@ -201,7 +203,7 @@ def _make_randomness_differ(model: keras.Model, seed_states: list[list[int]], ra
     The root draws what a single process would draw; the other ranks something else.
     """
     for variable, state in zip(seed_variables(model), seed_states or [None] * 10**6, strict=False):
-        value = np.array(variable.value if state is None else state, dtype=variable.dtype)
+        value = np.array(variable.numpy() if state is None else state, dtype=variable.dtype)
         if rank:
             value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]
         variable.assign(value)

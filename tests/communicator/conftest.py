@@ -94,7 +94,8 @@ class MPIRanks(Ranks):
         self.controls: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         for world, (_, ranks_end) in zip(worlds_of(nodes), pmi_pairs, strict=True):
-            control, process = start_one_rank(world, timeout_s, environment(world.rank, world.world_size, ranks_end.fileno()), [ranks_end.fileno()])
+            variables = environment(world.rank, world.world_size, ranks_end.fileno())
+            control, process = start_one_rank(world, timeout_s, variables, [ranks_end.fileno()])
             self.controls.append(control)
             self.processes.append(process)
             ranks_end.close()
@@ -237,7 +238,7 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.fixture(params=DOOMED_GROUPS, ids=lambda each: f"{each[0]}-{each[1]}")
 def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """A new group, for a test that breaks it. Its collectives wait for 30 s: what ends sooner did not see the deadline."""
+    """A new group, for a test that breaks it. Its collectives wait for 30 s: what ends sooner saw no deadline."""
     group = start(*request.param, timeout_s=30.0)
     try:
         yield group
@@ -245,10 +246,10 @@ def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
         group.kill()
 
 
-@pytest.fixture
-def mpi_ranks() -> Iterator[MPIRanks]:
+@pytest.fixture(params=["mpi", "tcp"])
+def mpi_ranks(request: pytest.FixtureRequest) -> Iterator[MPIRanks]:
     """Two new MPI processes, for a test that breaks them."""
-    group = start("mpi", 2, timeout_s=30.0)
+    group = start(request.param, 2, timeout_s=30.0)
     try:
         yield group
     finally:

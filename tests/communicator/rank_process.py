@@ -1,7 +1,7 @@
 """What each rank does in the tests of a communicator; as a program, the process of one MPI rank.
 
-A test names a function of this file, and every rank calls it with its communicator: a thread does for `local`, a process of
-its own for `mpi`. It is loaded by its path, and imports little, because every rank pays for it.
+A test names a function of this file, and every rank calls it with its communicator: a thread for `local`, a process
+for `mpi`. The file is loaded by its path, and imports little, because every rank pays for it.
 
     python rank_process.py CONTROL_FD RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE NODE_RANK TIMEOUT_S
 """
@@ -53,7 +53,7 @@ def outcome_of(name: str, communicator: Any, arguments: dict[str, Any]) -> Outco
 
 
 def random_array(dtype: str, shape: tuple[int, ...], seed: int, rank: int) -> np.ndarray:
-    """Every rank's own numbers, which the test knows too. Of very different magnitude, so that the order of a sum shows."""
+    """A rank's own numbers, which the test can make too; of different magnitude, so that the order of a sum shows."""
     random = np.random.default_rng([seed, rank])
     if np.dtype(dtype).kind in "iu":
         return np.array(random.integers(0, 100, shape), dtype)
@@ -103,6 +103,19 @@ def times_around_a_barrier(communicator: Communicator) -> tuple[float, float]:
     return before, time.monotonic()
 
 
+def second_group_with_a_late_rank(communicator: Communicator, late: int, by_s: float) -> float:
+    from mpi4py import MPI
+
+    from allreduce_spark.communicator.mpi import MPICommunicator
+
+    if communicator.rank == late:
+        time.sleep(by_s)
+    second = MPICommunicator(MPI.COMM_WORLD, timeout_s=5.0)
+    buffer = np.ones(1)
+    second.allreduce(buffer)
+    return float(buffer[0])
+
+
 def sums_from_other_threads(communicator: Communicator, threads: int) -> list[float]:
     """One thread after another, never two at once: as TensorFlow calls us."""
     sums: list[float] = []
@@ -131,7 +144,9 @@ def many_kinds_in_a_row(communicator: Communicator, rounds: int) -> list[float]:
     return seen
 
 
-def refused(communicator: Communicator, collective: str, buffer: np.ndarray, *, writeable: bool = True, **options: Any) -> str:
+def refused(
+    communicator: Communicator, collective: str, buffer: np.ndarray, *, writeable: bool = True, **options: Any
+) -> str:
     """Call with a buffer that no rank can send; all ranks stay in step, because none starts."""
     if not writeable:
         buffer = buffer.copy()
@@ -177,7 +192,9 @@ def each_calls(communicator: Communicator, calls: list[tuple[str, Any, dict[str,
     getattr(communicator, collective)(*([] if buffer is None else [buffer.copy()]), **options)
 
 
-def one_rank_aborts(communicator: Communicator, aborts: int, after_s: float = 0.0, rank_is_late: int | None = None) -> None:
+def one_rank_aborts(
+    communicator: Communicator, aborts: int, after_s: float = 0.0, rank_is_late: int | None = None
+) -> None:
     if communicator.rank == aborts:
         time.sleep(after_s)
         communicator.abort("its shard was empty")

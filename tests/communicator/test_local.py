@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from allreduce_spark.communicator.agreement import Call
 from allreduce_spark.communicator.base import ReduceOp
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.errors import CollectiveError
@@ -72,8 +73,6 @@ def test_a_failing_reduction_breaks_the_group_for_all():
         with pytest.raises((CollectiveError, MemoryError), match="too large"):
             group.meet(communicator.rank, first_call, np.zeros(1), fail)
         return True
-
-    from allreduce_spark.communicator.agreement import Call
 
     first_call = Call("allreduce(sum) float64 [1]")
     assert in_threads(group.communicators, work) == [True, True]

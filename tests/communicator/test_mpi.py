@@ -18,6 +18,10 @@ def test_ranks_that_work_have_no_name_left_in_dev_shm(mpi_ranks):
     assert mpi_ranks.run("names_of_own_segments") == [[], []]
 
 
+def test_a_group_opens_although_one_rank_is_late(mpi_ranks):
+    assert mpi_ranks.run("second_group_with_a_late_rank", late=1, by_s=0.2) == [2.0, 2.0]
+
+
 def test_a_killed_rank_makes_the_others_fail_and_leaves_nothing_behind(mpi_ranks):
     before = set(os.listdir("/dev/shm"))
     mpi_ranks.processes[1].send_signal(signal.SIGKILL)
@@ -69,9 +73,8 @@ def test_a_machine_without_mpi4py_is_told_what_to_install():
 
 
 def test_importing_the_room_does_not_load_mpi():
-    code = (
-        "import sys, allreduce_spark.communicator.local, allreduce_spark.communicator.mpich; assert 'mpi4py' not in sys.modules"
-    )
+    rooms = "allreduce_spark.communicator.local, allreduce_spark.communicator.mpich"
+    code = f"import sys, {rooms}; assert 'mpi4py' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
 
 
@@ -91,7 +94,7 @@ def test_the_environment_names_one_interface_and_keeps_what_the_user_set():
 
 def test_the_segments_that_a_process_maps_are_found():
     name = f"/dev/shm/mpich_shm_test{os.getpid()}_0"
-    code = f"import mmap, sys; f = open('{name}', 'r+b'); m = mmap.mmap(f.fileno(), 0); print(flush=True); sys.stdin.read()"
+    code = f"import mmap, sys; m = mmap.mmap(open('{name}', 'r+b').fileno(), 0); print(flush=True); sys.stdin.read()"
     with open(name, "wb") as segment:
         segment.write(bytes(4096))
     try:

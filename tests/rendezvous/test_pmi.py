@@ -51,7 +51,7 @@ def test_every_word_of_mpi_init_has_its_answer(key_space, said, answered):
     assert key_space.answer(1, said) == [(1, answered)]
 
 
-@pytest.mark.parametrize("said", ["cmd=publish_name service=s port=p", "mcmd=spawn nprocs=1", "cmd=barrier_in group=0,1"])
+@pytest.mark.parametrize("said", ["cmd=publish_name service=s", "mcmd=spawn nprocs=1", "cmd=barrier_in group=0,1"])
 def test_an_unknown_command_is_refused_and_not_an_end(key_space, said):
     assert "rc=-1" in only_reply(key_space, 0, said)
     assert only_reply(key_space, 0, "cmd=get_appnum") == "cmd=appnum appnum=0"

@@ -1,0 +1,74 @@
+"""What the driver makes sure of once all shards are on disk, before any rank starts: enough rows, of one kind, fit for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from allreduce_spark.config import FitConfig
+from allreduce_spark.data.spec import RowSpec, common_spec
+from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.training.batches import validation_rows_of
+from allreduce_spark.training.checks import check_rows
+
+__all__ = ["approve"]
+
+
+def approve(
+    joins: Sequence[Join], *, model: keras.Model, config: FitConfig, with_validation_data: bool
+) -> dict[str, str | None]:
+    """Agree on what the rows of all shards look like.
+
+    Args:
+        joins: What the agents told of their shards, in rank order.
+        model: The user's, as it is on the driver.
+        config: The settings of the fit.
+        with_validation_data: Whether the user gave rows to validate on.
+
+    Returns:
+        "spec" and "validation_spec", as JSON, for every rank: one with an empty shard must know them too.
+
+    Raises:
+        DataError: There are no rows to train or to validate on, or the rows differ, or do not fit the model.
+        ConfigError: The settings do not go with such rows.
+    """
+    rows = tuple(join.rows for join in joins)
+    _check_counts(rows, sum(join.validation_rows for join in joins) if with_validation_data else None, config)
+    spec = _agreed_spec({join.rank: join.spec for join in joins})
+    validation_spec = _agreed_spec({join.rank: join.validation_spec for join in joins})
+    assert spec is not None  # there are rows
+    check_rows(model, spec)
+    if config.class_weight is not None and spec.sample_weight is not None:
+        raise ConfigError(
+            "class_weight and sample weights are both given, and Keras takes only one of them: leave one out."
+        )
+    if validation_spec is not None:
+        try:
+            check_rows(model, validation_spec)
+        except DataError as error:
+            raise DataError(f"validation_data: {error}") from error
+    return {"spec": spec.to_json(), "validation_spec": validation_spec.to_json() if validation_spec else None}
+
+
+def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: FitConfig) -> None:
+    total = sum(rows)
+    if total == 0:
+        raise DataError("the training data has no rows.")
+    if validation_rows == 0:
+        raise DataError("the validation data has no rows: leave validation_data out, or see why it is empty.")
+    if config.validation_split and sum(validation_rows_of(rows, config.validation_split)) in (0, total):
+        kind = "train on" if total - int(total * (1 - config.validation_split)) else "validate on"
+        raise DataError(f"validation_split={config.validation_split} of {total} rows leaves none to {kind}.")
+
+
+def _agreed_spec(specs: dict[int, str | None]) -> RowSpec | None:
+    """The spec of all shards that have rows, by rank; None where none has."""
+    agreed: tuple[RowSpec, str] | None = None
+    for rank, text in specs.items():
+        if text is not None:
+            spec, name = RowSpec.from_json(text), f"the rows of rank {rank}"
+            agreed = (common_spec(agreed[0], spec, (agreed[1], name)) if agreed else spec, name)
+    return agreed[0] if agreed else None

@@ -1,0 +1,174 @@
+"""Ranks as threads of the test process, and the single process that they must equal."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.config import FitConfig
+from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block
+from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
+from allreduce_spark.training.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.rank import train
+from allreduce_spark.world import Membership, worlds_of
+
+# Every rank of a test blocks a thread of this process while it waits for the others.
+tf.config.threading.set_inter_op_parallelism_threads(12)
+
+
+@dataclass
+class Fitted:
+    """What one rank, or the reference, ended with."""
+
+    model: keras.Model
+    history: dict[str, list[float]]
+    digests: list[str]
+
+    @property
+    def weights(self) -> list[np.ndarray]:
+        return [w.numpy() for w in self.model.weights]
+
+
+class Digests(keras.callbacks.Callback):
+    """A hash of all weights and of the optimizer state after every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.digests: list[str] = []
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        digest = hashlib.sha256()
+        for variable in (*self.model.weights, *self.model.optimizer.variables):
+            digest.update(variable.numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+
+
+def write_shard(path: Path, part: tuple[Any, ...], spec: Any = None) -> Shard:
+    """A shard of the rows of `part`, (x, y[, sample_weight]); empty where they have no rows."""
+    with ShardWriter(path) as writer:
+        if len(keras.tree.flatten(part)[0]):
+            for _, block in arrays_to_blocks(*part, role="train", num_shards=1):
+                writer.write(decode_block(block))
+    return Shard.open(path, spec)
+
+
+@pytest.fixture
+def fit_ranks(tmp_path):
+    """Returns fit(model, parts, config, ...): train copies of `model` on one rank per part; parts are (x, y[, weight])."""
+
+    def fit(model, parts, config, callbacks=lambda: [], validation=None) -> list[Fitted]:
+        archive = tmp_path / "model.keras"
+        archive.write_bytes(model_to_bytes(model))
+        objects = custom_objects_of(model)
+        spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(tmp_path / f"probe{i}", part)))
+        shards = [write_shard(tmp_path / f"train{rank}", part, spec) for rank, part in enumerate(parts)]
+        empty = tuple(keras.tree.map_structure(lambda array: array[:0], part) for part in parts[0])
+        tests = [write_shard(tmp_path / f"test{r}", p, spec) for r, p in enumerate(validation or [empty] * len(parts))]
+        rows, validation_rows = tuple(map(len, shards)), tuple(map(len, tests))
+        group = LocalGroup(len(parts), timeout_s=120)
+
+        copies = [load_model(archive, objects) for _ in parts]  # Keras does not load in several threads at once
+
+        def rank_body(rank: int) -> Fitted:
+            communicator, copy = group.communicators[rank], copies[rank]
+            membership = Membership(worlds_of(["here"] * len(parts))[rank], 0, "threads", rows, validation_rows)
+            digests = Digests()
+            try:
+                history = train(
+                    copy,
+                    communicator,
+                    config,
+                    membership,
+                    shards=(shards[rank], tests[rank]),
+                    callbacks=[*callbacks(), digests],
+                    seed_states=[],
+                    status=StatusPage(tmp_path / f"status{rank}"),
+                    report=None,
+                )
+            except BaseException as error:
+                traceback.print_exc()
+                communicator.abort(repr(error))
+                raise
+            return Fitted(copy, history.history, digests.digests)
+
+        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+            futures = [pool.submit(rank_body, rank) for rank in range(len(parts))]
+            return [future.result(timeout=200) for future in futures]
+
+    return fit
+
+
+class GlobalBatches(keras.utils.PyDataset):
+    """The batches of all ranks, put together: what one process would train on."""
+
+    def __init__(self, ranks: list[ShardBatches], plan: BatchPlan) -> None:
+        super().__init__()
+        self._ranks, self._plan = ranks, plan
+
+    def __len__(self) -> int:
+        return self._plan.steps
+
+    def __getitem__(self, step: int) -> Any:
+        present = [r for r in range(len(self._ranks)) if self._plan.rows_of(r, step)]
+        return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *(self._ranks[r][step] for r in present))
+
+
+class NextEpoch(keras.callbacks.Callback):
+    def __init__(self, ranks: list[ShardBatches]) -> None:
+        super().__init__()
+        self._ranks = ranks
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        for batches in self._ranks:
+            batches.epoch = epoch
+
+
+@pytest.fixture
+def fit_reference(tmp_path):
+    """Returns fit(model, parts, config, ...): train a copy of `model` with plain Keras on the union of the ranks' batches."""
+
+    def fit(model, parts, config: FitConfig, callbacks=lambda: [], validation=None) -> Fitted:
+        archive = tmp_path / "model.keras"
+        archive.write_bytes(model_to_bytes(model))
+        copy = load_model(archive, custom_objects_of(model))
+        copy.jit_compile = False
+        spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(tmp_path / f"probe{i}", part)))
+        shards = [write_shard(tmp_path / f"reference{rank}", part, spec) for rank, part in enumerate(parts)]
+        rows = tuple(map(len, shards))
+        held_out = validation_rows_of(rows, config.validation_split)
+        plan = BatchPlan(tuple(n - v for n, v in zip(rows, held_out, strict=True)), config.batch_size)
+        seed = config.seed if config.shuffle else None
+        ranks = [ShardBatches(shard, plan, rank, seed=seed) for rank, shard in enumerate(shards)]
+        test_plan = BatchPlan(tuple(len(p[1]) for p in validation) if validation else held_out, config.batch_size)
+        if validation:
+            kept = [write_shard(tmp_path / f"kept{rank}", part, spec) for rank, part in enumerate(validation)]
+            tests = [ShardBatches(shard, test_plan, rank) for rank, shard in enumerate(kept)]
+        else:
+            tests = [
+                ShardBatches(shard, test_plan, rank, first_row=rows[rank] - held_out[rank])
+                for rank, shard in enumerate(shards)
+            ]
+        digests = Digests()
+        history = copy.fit(
+            GlobalBatches(ranks, plan),
+            validation_data=GlobalBatches(tests, test_plan) if any(test_plan.rows) else None,
+            epochs=config.epochs,
+            class_weight=config.class_weight,
+            callbacks=[NextEpoch(ranks), *callbacks(), digests],
+            shuffle=False,
+            verbose=0,
+        )
+        return Fitted(copy, history.history, digests.digests)
+
+    return fit

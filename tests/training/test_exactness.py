@@ -1,0 +1,322 @@
+"""N ranks on uneven shards end with the weights of one process on the union of their batches, and hold the same bits."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from allreduce_spark.config import FitConfig
+
+SIZES = {1: (37,), 2: (29, 18), 3: (31, 3, 14), 4: (17, 0, 26, 9)}
+RELATIVE = 1e-5
+
+
+def assert_exact(ranks, reference, relative=RELATIVE):
+    assert ranks[0].digests, "no epoch was trained"
+    for rank in ranks[1:]:
+        assert rank.digests == ranks[0].digests
+    for variable, ours, theirs in zip(reference.model.weights, ranks[0].weights, reference.weights, strict=True):
+        distance = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8)
+        assert distance < relative, f"{variable.path} is {distance:.2g} away from one process's"
+
+
+def assert_same_history(ranks, reference, relative=1e-5):
+    assert ranks[0].history.keys() == reference.history.keys()
+    for name, values in reference.history.items():
+        np.testing.assert_allclose(ranks[0].history[name], values, rtol=relative, atol=1e-7, err_msg=name)
+
+
+def dense_data(sizes, seed=0, weights=False):
+    chance = np.random.default_rng(seed)
+    parts = []
+    for size in sizes:
+        x = chance.normal(size=(size, 8)).astype("float32")
+        y = (x[:, 0] + 2 * x[:, 1] > chance.normal(size=size)).astype("int64")
+        parts.append((x, y, chance.uniform(0.1, 3, size).astype("float32")) if weights else (x, y))
+    return parts
+
+
+def mlp(optimizer="sgd", loss="sparse_categorical_crossentropy", metrics=("accuracy",), **layer_arguments):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activation="relu", **layer_arguments),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(optimizer, loss, metrics=list(metrics))
+    return model
+
+
+def cnn(optimizer):
+    keras.utils.set_random_seed(2)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((6, 6, 1)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def embedding(optimizer):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(50, 6),
+            layers.Flatten(),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def data_for(model, sizes):
+    chance = np.random.default_rng(4)
+    shape, dtype = model.input_shape[1:], model.inputs[0].dtype
+    return [
+        (
+            chance.integers(0, 50, (n, *shape)) if dtype == "int32" else chance.normal(size=(n, *shape)).astype("f4"),
+            chance.integers(0, 3, n),
+        )
+        for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("build", [mlp, cnn, embedding])
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_ranks_on_uneven_shards_end_with_the_weights_of_one_process(
+    fit_ranks, fit_reference, build, optimizer, world_size
+):
+    model = build(keras.optimizers.SGD(0.05, momentum=0.9) if optimizer == "momentum" else keras.optimizers.Adam(0.01))
+    parts = data_for(model, SIZES[world_size])
+    config = FitConfig(epochs=3, batch_size=8, seed=7)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+
+
+def test_one_rank_has_the_bits_of_plain_keras(fit_ranks, fit_reference):
+    model, parts, config = mlp("adam"), dense_data(SIZES[1]), FitConfig(epochs=2, batch_size=8)
+    (rank,), reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert rank.digests == reference.digests
+
+
+OPTIMIZERS = {
+    "schedule": lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 10)),
+    "clipnorm": lambda: keras.optimizers.SGD(0.1, clipnorm=0.01),
+    "clipvalue": lambda: keras.optimizers.SGD(0.1, clipvalue=0.005),
+    "global_clipnorm": lambda: keras.optimizers.Adam(0.01, global_clipnorm=0.02),
+    "weight decay": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "moving average": lambda: keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=3),
+    "moving average at the end": lambda: keras.optimizers.Adam(0.01, use_ema=True, ema_momentum=0.7),
+    "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=3),
+    "loss scale factor": lambda: keras.optimizers.SGD(0.1, loss_scale_factor=128.0),
+    "dynamic loss scale": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1), initial_scale=2.0**12, dynamic_growth_steps=3
+    ),
+    "rmsprop": lambda: keras.optimizers.RMSprop(0.01, centered=True),
+    "ftrl": lambda: keras.optimizers.Ftrl(0.1),
+    "lion": lambda: keras.optimizers.Lion(0.001),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_does_with_gradients_it_does_with_those_of_all_ranks(fit_ranks, fit_reference, name):
+    model, parts = mlp(OPTIMIZERS[name]()), dense_data(SIZES[3])
+    config = FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config), relative=5e-5)
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+def test_sparse_gradients_are_clipped_as_one_process_clips_them(fit_ranks, fit_reference, clip):
+    model = embedding(keras.optimizers.SGD(0.5, **{clip: 0.05}))
+    parts, config = data_for(model, SIZES[3]), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_sample_weights_class_weights_and_l2_losses_count_as_in_one_process(fit_ranks, fit_reference):
+    config = FitConfig(epochs=2, batch_size=8)
+    model = mlp(metrics=["accuracy", keras.metrics.AUC(name="none")][:1], kernel_regularizer="l2", activity_regularizer="l2")
+    parts = dense_data(SIZES[3], weights=True)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+    config = FitConfig(epochs=2, batch_size=8, class_weight={0: 0.3, 1: 2.5})
+    parts = dense_data(SIZES[4])
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "mean_with_sample_weight"])
+def test_every_reduction_of_a_loss_is_that_of_the_global_batch(fit_ranks, fit_reference, reduction):
+    rate = 0.002 if reduction == "sum" else 0.1
+    loss = keras.losses.SparseCategoricalCrossentropy(reduction=reduction)
+    model = mlp(keras.optimizers.SGD(rate), loss)
+    parts, config = dense_data(SIZES[4], weights=True), FitConfig(epochs=2, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+
+
+def test_masked_outputs_count_valid_entries_over_all_ranks(fit_ranks, fit_reference):
+    layers = keras.layers
+    keras.utils.set_random_seed(5)
+    tokens = keras.Input((6,), dtype="int32")
+    hidden = layers.LSTM(8, return_sequences=True)(layers.Embedding(20, 4, mask_zero=True)(tokens))
+    outputs = {"tag": layers.Dense(3, activation="softmax", name="tag")(hidden), "value": layers.Dense(1, name="value")(hidden)}
+    model = keras.Model(tokens, outputs)
+    model.compile("sgd", {"tag": "sparse_categorical_crossentropy", "value": "mse"})
+    chance = np.random.default_rng(6)
+    parts = []
+    for size in SIZES[3]:
+        lengths = chance.integers(1, 7, size)
+        x = np.where(np.arange(6) < lengths[:, None], chance.integers(1, 20, (size, 6)), 0)
+        parts.append((x, {"tag": chance.integers(0, 3, (size, 6)), "value": chance.normal(size=(size, 6, 1)).astype("f4")}))
+    config = FitConfig(epochs=2, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    np.testing.assert_allclose(ranks[0].history["loss"], reference.history["loss"], rtol=1e-5)
+
+
+def test_ignored_classes_count_over_all_ranks(fit_ranks, fit_reference):
+    model = mlp(loss=keras.losses.SparseCategoricalCrossentropy(ignore_class=1))
+    parts, config = dense_data(SIZES[3]), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class OwnStep(keras.Model):
+    """A custom train_step with its own loss and its own logs."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            logits = self(x, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
+        return {"own_loss": loss}
+
+
+def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(8)
+    model = OwnStep()
+    model(np.zeros((1, 8), "float32"))
+    model.compile("adam")
+    parts, config = dense_data(SIZES[2]), FitConfig(epochs=2, batch_size=8)
+    ranks = fit_ranks(model, parts, config)
+    assert_exact(ranks, fit_reference(model, parts, config))
+    assert ranks[0].history == ranks[1].history
+    assert list(ranks[0].history) == ["own_loss"]
+
+
+def test_float64_models_are_reduced_in_float64(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(9)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, dtype="float64")])
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64"))
+    parts, config = dense_data(SIZES[3]), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config), relative=1e-8)  # float32 would give 1e-7
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_half_precision_is_trained_and_all_ranks_hold_the_same_bits(fit_ranks, policy):
+    keras.utils.set_random_seed(10)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, "relu", dtype=policy), keras.layers.Dense(3, dtype="float32")]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    ranks = fit_ranks(model, dense_data((64, 40)), FitConfig(epochs=5, batch_size=8))
+    assert ranks[0].digests == ranks[1].digests
+    assert ranks[0].history["loss"][-1] < ranks[0].history["loss"][0]
+
+
+def test_moving_statistics_are_averaged_and_frozen_ones_keep_their_bits(fit_ranks):
+    keras.utils.set_random_seed(11)
+    frozen = keras.layers.BatchNormalization(trainable=False, name="frozen")
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            frozen,
+            keras.layers.Dense(4),
+            keras.layers.BatchNormalization(momentum=0.5, name="moving"),
+            keras.layers.Dense(3, activation="softmax"),
+        ]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    frozen.set_weights([w + 0.1 for w in frozen.get_weights()])
+    before = frozen.get_weights()
+    dense_kernel, dense_bias = model.layers[1].get_weights()
+    parts = dense_data((8, 4, 0))
+    ranks = fit_ranks(model, parts, FitConfig(epochs=1, batch_size=8, shuffle=False))
+    assert len({tuple(rank.digests) for rank in ranks}) == 1
+    for left, right in zip(before, ranks[0].model.get_layer("frozen").get_weights(), strict=True):
+        assert left.tobytes() == right.tobytes()
+    # One step of one epoch: the moving mean is half of the mean of each rank's batch means, weighted by rows.
+    scale, offset, mean, variance = before
+    x = np.concatenate([part[0] for part in parts])
+    activations = ((x - mean) / np.sqrt(variance + 1e-3) * scale + offset) @ dense_kernel + dense_bias
+    np.testing.assert_allclose(
+        ranks[0].model.get_layer("moving").moving_mean, 0.5 * activations.mean(axis=0), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_ranks_draw_different_dropout_masks_and_still_hold_the_same_weights(fit_ranks):
+    keras.utils.set_random_seed(12)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dropout(0.5, seed=3), keras.layers.Dense(3, activation="softmax")]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    ranks = fit_ranks(model, dense_data((16, 16)), FitConfig(epochs=2, batch_size=8))
+    assert ranks[0].digests == ranks[1].digests
+    states = [np.array(rank.model.layers[0].seed_generator.state) for rank in ranks]
+    assert states[0][0] != states[1][0]
+    assert states[0][1] == states[1][1]  # both drew equally often
+
+
+def test_fewer_rows_than_ranks_still_train(fit_ranks, fit_reference):
+    model, parts, config = mlp("adam"), dense_data((0, 2, 0, 1)), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_validation_is_that_of_one_process(fit_ranks, fit_reference):
+    metrics = ["accuracy", keras.metrics.SparseTopKCategoricalAccuracy(2)]
+    model, config = mlp("adam", metrics=metrics), FitConfig(epochs=2, batch_size=8, validation_split=0.3)
+    parts = dense_data(SIZES[4])
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+    config, others = FitConfig(epochs=2, batch_size=8), dense_data((2, 0, 11, 5), seed=13)
+    ranks = fit_ranks(model, parts, config, validation=others)
+    assert_same_history(ranks, fit_reference(model, parts, config, validation=others))
+
+
+def test_metrics_that_are_no_means_equal_those_of_one_process(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(14)
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1, activation="sigmoid")])
+    metrics = [keras.metrics.AUC(), keras.metrics.Precision(), keras.metrics.F1Score(threshold=0.5), keras.metrics.R2Score()]
+    model.compile("adam", "binary_crossentropy", metrics=[*metrics, keras.metrics.BinaryIoU()])
+    parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data(SIZES[4])]
+    config = FitConfig(epochs=2, batch_size=8, validation_split=0.3)
+    assert_same_history(fit_ranks(model, parts, config), fit_reference(model, parts, config))
