@@ -48,7 +48,7 @@ class Timeouts:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ConfigError(f"Timeouts.{field.name} must be a positive number of seconds, got {value!r}.")
         if self.silence_s <= 2 * self.heartbeat_s:
             raise ConfigError(
@@ -142,5 +142,5 @@ def _check_class_weight(weights: object) -> None:
     for label, weight in weights.items():
         if isinstance(label, bool) or not isinstance(label, Integral) or label < 0:
             raise ConfigError(f"class_weight has the key {label!r}; keys are class indices 0, 1, 2, ...")
-        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
             raise ConfigError(f"class_weight[{label}] must be a finite number >= 0, got {weight!r}.")

@@ -31,10 +31,19 @@ DOORS = {
 STANDARD_LIBRARY_ONLY = ["__init__.py", "errors.py", "world.py", "config.py"]
 
 
+class WithoutTypeImports(ast.NodeTransformer):
+    def visit_If(self, node: ast.If) -> ast.If | list[ast.stmt]:  # named by ast
+        self.generic_visit(node)
+        return node.orelse if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING" else node
+
+
 def imported_modules(source: str) -> set[str]:
-    """The modules that this source imports anywhere: at the top, in functions, under TYPE_CHECKING, or by name."""
+    """The modules that this source imports anywhere when it runs: at the top, in functions, or by name.
+
+    What is imported under TYPE_CHECKING lends its name to annotations only.
+    """
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(WithoutTypeImports().visit(ast.parse(source))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -56,7 +65,7 @@ def imported_packages(module: Path) -> set[str]:
         "import pyspark.sql",
         "from pyspark.sql import DataFrame",
         "def f():\n    import pyspark",
-        "if TYPE_CHECKING:\n    from pyspark import RDD",
+        "if TYPE_CHECKING:\n    import keras\nelse:\n    from pyspark import RDD",
         "importlib.import_module('pyspark.ml')",
         "__import__('pyspark')",
     ],

@@ -14,6 +14,7 @@ import select
 import selectors
 import socket
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
 from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.shard import ShardWriter
-from allreduce_spark.errors import DataError, RendezvousError
+from allreduce_spark.errors import AllReduceSparkError, ProtocolError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
 from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.scratch import scratch_folder
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 
 RESULT_PIECE_BYTES = 1 << 20
 LOG_LINES_PER_BEAT = 500
+CAUSE_CHARACTERS = 20_000
 
 
 @dataclass(frozen=True)
@@ -78,41 +80,47 @@ def run_agent(task: AgentTask, blocks: Iterator[bytes]) -> None:
     Raises:
         RendezvousError: The driver could not be reached, or was lost: nobody is left to report to.
     """
-    with (
-        contextlib.closing(Connection(task.address, task.key)) as driver,
-        scratch_folder() as folder,
-        contextlib.suppress(_Aborted),
-    ):
+    with contextlib.closing(Connection(task.address, task.key)) as driver, contextlib.suppress(_Aborted):
         driver.send("hello", rank=task.rank, host=socket.gethostname())
-        for name, content in task.files.items():
-            (folder / name).write_bytes(content)
+        try:
+            _look_after_rank(task, blocks, driver)
+        except (RendezvousError, _Aborted):
+            raise
+        except Exception as error:  # noqa: BLE001  a bad row, a full disk: the driver is to hear what, not that we are gone
+            driver.send("failed", error=type(error).__name__, cause=_cause(error))
+            _wait_for_the_end(driver, task.timeouts)
+
+
+def _look_after_rank(task: AgentTask, blocks: Iterator[bytes], driver: Connection) -> None:
+    with scratch_folder() as folder:
         status = StatusPage(folder / "status")
         status.write(Phase.IMPORT)
         place = _Place()
         driver.start_heartbeats(task.timeouts.heartbeat_s, lambda: place.read(status))
+        for name, content in task.files.items():
+            (folder / name).write_bytes(content)
         with contextlib.closing(_start_rank(task, folder, driver.local_address)) as rank:
-            try:
-                join = _spool(blocks, folder, driver)
-            except DataError as error:
-                driver.send("failed", error="DataError", cause=str(error), phase=Phase.SPOOL.value, step=None)
-                _wait_for_the_end(driver, task.timeouts)
-                return
-            place.phase = Phase.JOIN
-            driver.send("join", host_key=host_key(), **join)
+            join = _spool(blocks, folder, driver, rank)
+            if join is not None:
+                place.phase = Phase.JOIN
+                driver.send("join", host_key=host_key(), **join)
             _Relay(task, driver, rank, folder, status, place).run()
 
 
 class _Place:
-    """Where this rank is. Until the ranks are let go the agent knows it, from then on the rank's status page does."""
+    """Where this rank is: its status page says it, except before the ranks are let go and once the rank has finished."""
 
     def __init__(self) -> None:
         self.phase: Phase | None = Phase.SPOOL
 
     def read(self, status: StatusPage) -> tuple[str, int, int]:
-        if self.phase is not None:
-            return self.phase.value, 0, 0
         phase, epoch, step = status.read()
-        return phase.value, epoch, step
+        return (self.phase or phase).value, epoch, step
+
+
+def _cause(error: Exception) -> str:
+    text = str(error) if isinstance(error, AllReduceSparkError) else "".join(traceback.format_exception(error))
+    return text[-CAUSE_CHARACTERS:]
 
 
 def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProcess:
@@ -126,11 +134,16 @@ def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProces
     return RankProcess(task.rank, task.num_ranks, folder=folder, threads=threads, environment=environment)
 
 
-def _spool(blocks: Iterator[bytes], folder: Path, driver: Connection) -> dict[str, Any]:
-    """Write the shard to disk; return what the driver must know of it to let the ranks start."""
+def _spool(blocks: Iterator[bytes], folder: Path, driver: Connection, rank: RankProcess) -> dict[str, Any] | None:
+    """Write the shard to disk; return what the driver must know of it to let the ranks start.
+
+    None if the rank has ended meanwhile, because it cannot import TensorFlow, say: nobody needs the rows any more.
+    """
     with ShardWriter(folder / "train.arrow") as train, ShardWriter(folder / "validation.arrow") as validation:
         for encoded in blocks:
             _raise_if_aborted(driver)
+            if rank.has_ended():
+                return None
             block = decode_block(encoded)
             (validation if block.role == "validation" else train).write(block)
     return {
@@ -161,7 +174,8 @@ class _Relay:
         self._pmi_unfinished = b""
         self._ended: dict[str, Any] | None = None  # the rank's last word, "done" or "failed"
         self._ended_at = 0.0
-        self._lines: list[str] = []
+        self._lines: list[str] = []  # to be sent
+        self._room, self._left_out, self._beat_at = LOG_LINES_PER_BEAT, 0, time.monotonic()
 
     def run(self) -> None:
         """Relay until the driver says `finish`.
@@ -188,7 +202,8 @@ class _Relay:
             match message.kind:
                 case "member":
                     self._place.phase = None
-                    self._rank.channel.send("start", **message.fields)
+                    with contextlib.suppress(OSError):  # It has ended, and `_rank_ended` will say so.
+                        self._rank.channel.send("start", **message.fields)
                 case "pmi":
                     self._rank.note_shared_memory()
                     with contextlib.suppress(OSError):
@@ -202,12 +217,17 @@ class _Relay:
         except EOFError:
             self._forget(self._rank.channel)
             return
+        except ProtocolError as error:
+            self._forget(self._rank.channel)
+            messages = [Message("failed", {"error": "ProtocolError", "cause": str(error)})]
         for message in messages:
             if message.kind in ("done", "failed"):
                 self._ended, self._ended_at = {"kind": message.kind, "fields": message.fields}, time.monotonic()
                 if message.kind == "failed":
                     self._report_failure(message.fields)
                     self._rank.kill()
+                else:
+                    self._place.phase = Phase.RESULT  # what is left to do is to bring it to the driver
             else:
                 self._driver.send(message.kind, message.body, **message.fields)
 
@@ -224,10 +244,12 @@ class _Relay:
 
     def _from_output(self) -> None:
         lines = self._rank.read_output()
-        if not lines and self._rank.has_ended():
-            self._forget(self._rank.output)
-        room = LOG_LINES_PER_BEAT - len(self._lines)
-        self._lines += lines[:room]
+        if self._rank.output_ended:
+            self._forget(self._rank.output)  # A pipe at its end is always readable.
+        kept = lines[: self._room]
+        self._lines += kept
+        self._room -= len(kept)
+        self._left_out += len(lines) - len(kept)
 
     def _forget(self, source: Any) -> None:
         if source in self._selector.get_map():
@@ -239,7 +261,7 @@ class _Relay:
         while self._rank.channel in self._selector.get_map() and _is_readable(self._rank.channel):
             self._from_rank()
         self._from_output()
-        self._send_log()
+        self._send_log(last=True)
         if self._ended is None:
             self._rank.has_ended()
             self._report_failure({"error": "RankDied", "cause": self._rank.how_it_ended()})
@@ -251,23 +273,33 @@ class _Relay:
         """The root leaves its result as a file; the driver gets it piece by piece."""
         with contextlib.suppress(FileNotFoundError), open(self._folder / "result", "rb") as file:
             while piece := file.read(RESULT_PIECE_BYTES):
+                _raise_if_aborted(self._driver)
                 self._driver.send("result", piece)
 
     def _report_failure(self, fields: dict[str, Any]) -> None:
-        self._rank.read_output()
+        self._from_output()
+        self._send_log(last=True)
         phase, _, step = self._status.read()
-        place = {"phase": phase.value, "step": step}
-        self._driver.send("failed", **{**place, **fields, "log_tail": list(self._rank.tail)})
+        place = {"phase": phase.value, "step": step if phase.has_step else None}
+        cause = fields["cause"][-CAUSE_CHARACTERS:]
+        self._driver.send("failed", **{**place, **fields, "cause": cause, "log_tail": list(self._rank.tail)})
 
-    def _send_log(self) -> None:
+    def _send_log(self, *, last: bool = False) -> None:
+        """Send what there is, so much per heartbeat: a rank that prints without end must not flood the driver."""
+        now = time.monotonic()
+        if last or now - self._beat_at >= self._task.timeouts.heartbeat_s:
+            if self._left_out:
+                self._lines.append(f"({self._left_out} lines are left out here)")
+            self._room, self._left_out, self._beat_at = LOG_LINES_PER_BEAT, 0, now
         if self._lines:
-            self._driver.send("log", lines=self._lines)
+            self._driver.send("log", "\n".join(self._lines).encode())
             self._lines = []
 
     def _look_at_the_clock(self) -> None:
         self._send_log()
         now = time.monotonic()
-        if now - self._driver.heard_at > self._task.timeouts.silence_s:
+        # This process may have been stopped or busy itself: then the driver's words lie there unread.
+        if now - self._driver.heard_at > self._task.timeouts.silence_s and not _is_readable(self._driver):
             raise RendezvousError(
                 f"rank {self._task.rank} has not heard of the driver for {now - self._driver.heard_at:.0f} s and ends. "
                 "Setting: Timeouts.silence_s"

@@ -21,6 +21,7 @@ __all__ = ["RankProcess"]
 
 LOG_TAIL_LINES = 50
 LOG_LINE_CHARACTERS = 2000
+READ_BYTES = 1 << 20
 
 
 class RankProcess:
@@ -35,6 +36,7 @@ class RankProcess:
         pmi: The agent's end of the rank's PMI connection; lines of text.
         output: File descriptor with what the rank prints.
         pidfd: File descriptor that becomes readable when the rank has ended.
+        output_ended: Whether nothing can be printed any more.
         tail: The last lines that it printed.
     """
 
@@ -60,18 +62,22 @@ class RankProcess:
         os.set_blocking(self.output, False)
         self.pidfd = os.pidfd_open(self._process.pid)
         self.tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self.output_ended = False
         self._unfinished = b""
 
     def read_output(self) -> list[str]:
         """The lines that the rank has printed since the last call; they are added to `tail`."""
+        # Asked first: what is in the pipe afterwards is then the last. A child of the rank may keep the pipe open.
+        ended = self.has_ended()
         data = b""
         with contextlib.suppress(BlockingIOError):
-            while piece := os.read(self.output, 1 << 16):
+            while len(data) < READ_BYTES and not self.output_ended:
+                piece = os.read(self.output, 1 << 16)
                 data += piece
-                if len(data) >= 1 << 20:
-                    break
+                self.output_ended = not piece
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-        if len(self._unfinished) > LOG_LINE_CHARACTERS:  # A progress bar that never ends its line, say.
+        # Last words may have no end of line; nor has a progress bar.
+        if self._unfinished and (ended or self.output_ended or len(self._unfinished) > LOG_LINE_CHARACTERS):
             lines, self._unfinished = [*lines, self._unfinished], b""
         texts = [line.decode(errors="replace").rstrip("\r")[:LOG_LINE_CHARACTERS] for line in lines]
         self.tail.extend(texts)
@@ -89,7 +95,10 @@ class RankProcess:
         code = self._process.returncode
         if code is None or code >= 0:
             return f"the rank process ended with exit code {code} before its work was done"
-        name = signal.Signals(-code).name
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:  # one of the many that have no name
+            name = f"signal {-code}"
         hint = " (was the machine out of memory?)" if -code == signal.SIGKILL else ""
         return f"the rank process was killed by {name}{hint}"
 

@@ -55,9 +55,12 @@ def note_shared_memory(folder: Path, segments: set[str]) -> None:
 
 def release_shared_memory(folder: Path) -> None:
     """Unlink the shared-memory files that were noted. A rank that ended in peace has done so already."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         for segment in (folder / _SEGMENTS).read_text().split():
-            with contextlib.suppress(FileNotFoundError):
+            # The list may be cut off, where its writer was killed, and must never name anything else.
+            if Path(segment).parent != Path("/dev/shm") or not Path(segment).name.startswith("mpich_"):
+                continue
+            with contextlib.suppress(OSError):
                 os.unlink(segment)
                 log.info("removed the shared memory %s that a killed rank left", segment)
 
@@ -70,9 +73,11 @@ def _local_disk() -> str:
 def _remove_abandoned(parent: str) -> None:
     for folder in Path(parent).glob(PREFIX + "*"):
         try:
-            lock = os.open(folder / _LOCK, os.O_RDWR)
+            if folder.lstat().st_uid != os.getuid():
+                continue  # In a folder that all users share, another one may have laid anything there for us.
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # Another user's, already gone, or made this very moment and not yet locked.
+            continue  # Already gone, or made this very moment and not yet locked.
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

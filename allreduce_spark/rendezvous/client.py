@@ -25,6 +25,8 @@ __all__ = ["Channel", "Connection"]
 CONNECT_S = 30.0
 READ_BYTES = 1 << 18
 GOODBYE_S = 1.0
+# A driver that has not taken a message for so long is gone: where a host vanishes, TCP itself would try for 15 minutes.
+SEND_S = 60.0
 
 
 class Channel:
@@ -55,7 +57,7 @@ class Channel:
         """
         try:
             data = self._socket.recv(READ_BYTES)
-        except ConnectionError as error:
+        except OSError as error:  # A ConnectionError, or "timed out" and "no route" where a host has vanished.
             raise EOFError(str(error)) from error
         if not data:
             raise EOFError("the other end closed the connection")
@@ -111,11 +113,25 @@ class Connection(Channel):
         except RendezvousError:
             sock.close()
             raise
-        sock.settimeout(None)
+        sock.settimeout(SEND_S)
         super().__init__(sock, codec)
         self.local_address: str = sock.getsockname()[0]
         self.heard_at = time.monotonic()
         self._closing = threading.Event()
+
+    def send(self, kind: str, body: bytes = b"", **fields: Any) -> None:
+        """Send one message; may be called from several threads.
+
+        Raises:
+            RendezvousError: The driver is gone.
+        """
+        try:
+            super().send(kind, body, **fields)
+        except OSError as error:
+            # Half a frame may be on its way, so nothing may follow it; the reading side is to see the end as well.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            raise RendezvousError(f"the driver is gone: a '{kind}' message could not be sent ({error})") from error
 
     def messages(self) -> list[Message]:
         received = super().messages()
@@ -130,7 +146,7 @@ class Connection(Channel):
                 phase, epoch, step = place()
                 try:
                     self.send("heartbeat", phase=phase, epoch=epoch, step=step)
-                except OSError:
+                except RendezvousError:
                     return  # The reading side finds out and says so.
 
         threading.Thread(target=beat, name="allreduce-spark-heartbeat", daemon=True).start()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.world import Membership, worlds_of
 
-__all__ = ["Failure", "Join", "Station", "first_cause", "form_group", "nodes_of", "overdue"]
+__all__ = ["Failure", "Join", "Station", "add_failure", "first_cause", "form_group", "nodes_of", "overdue"]
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,26 @@ class Station:
     join: Join | None = None
 
     def move_to(self, phase: Phase, epoch: int, step: int, now: float) -> None:
+        if phase in (Phase.SPOOL, Phase.JOIN) and _ORDER[phase] < _ORDER[self.phase]:
+            return  # It left before the agent had joined, or knew that the group is formed.
         if (phase, epoch, step) != (self.phase, self.epoch, self.step):
             self.phase, self.epoch, self.step, self.changed_at = phase, epoch, step, now
 
     @property
     def place(self) -> tuple[int, int, int]:
         """How far the rank has come; comparable between ranks."""
-        # Validation belongs to the epoch it ends, so phase counts after epoch once training has begun.
-        order = list(Phase).index(self.phase)
-        training = order >= list(Phase).index(Phase.FIRST_STEP)
-        return (1, self.epoch, self.step) if training else (0, order, 0)
+        # Validation belongs to the epoch it ends, so epoch and step count, and the phase does not, while there are steps.
+        if self.phase.has_step:
+            return (1, self.epoch, self.step)
+        return (0 if _ORDER[self.phase] < _ORDER[Phase.FIRST_STEP] else 2, _ORDER[self.phase], 0)
+
+    @property
+    def whereabouts(self) -> tuple[int, str, str, int | None]:
+        """(rank, host, phase, step) as a `Failure` names them."""
+        return self.rank, self.host, self.phase.value, self.step if self.phase.has_step else None
+
+
+_ORDER = {phase: index for index, phase in enumerate(Phase)}
 
 
 def nodes_of(joins: Sequence[Join]) -> list[int]:
@@ -98,6 +108,19 @@ def form_group(joins: Sequence[Join], generation: int, key_space: str) -> tuple[
         Membership(world, generation, key_space, rows, validation_rows)
         for world in worlds_of([join.host_key for join in joins])
     )
+
+
+def add_failure(failures: Sequence[Failure], new: Failure) -> list[Failure]:
+    """The failures in order of time, with a new one.
+
+    What a rank reports after its first failure belongs to that one: MPI gives up because a peer is gone, and then ends the
+    process. That end must not be taken for the cause, but it brings the log.
+    """
+    for index, known in enumerate(failures):
+        if new.rank is not None and new.rank == known.rank:
+            both = replace(known, cause=f"{known.cause}; then {new.cause}", log_tail=new.log_tail or known.log_tail)
+            return [*failures[:index], both, *failures[index + 1 :]]
+    return [*failures, new]
 
 
 def first_cause(failures: Sequence[Failure]) -> Failure:
@@ -145,18 +168,34 @@ def overdue(
                 "RendezvousTimeoutError",
                 f"the driver has not heard of this rank's agent for {now - station.heard_at:.0f} s; its host or its "
                 "network is gone, or it is stopped. Setting: Timeouts.silence_s",
-                *(station.rank, station.host, station.phase.value, station.step),
+                *station.whereabouts,
             )
-    waiting = [station for station in stations if not station.done and station.phase is not Phase.JOIN]
-    # Whoever is furthest behind holds up all the others.
-    for station in sorted(waiting, key=lambda station: station.place):
-        setting = _SETTING_OF_PHASE[station.phase]
-        stalled_s = now - station.changed_at
-        if stalled_s > getattr(timeouts, setting):
-            return Failure(
-                "RendezvousTimeoutError",
-                f"this rank has been in phase '{station.phase.value}' at epoch {station.epoch}, step {station.step} "
-                f"for {stalled_s:.0f} s without going on, and the others wait for it. Setting: Timeouts.{setting}",
-                *(station.rank, station.host, station.phase.value, station.step),
-            )
-    return None
+    return _stalled(
+        [station for station in stations if not station.done and station.phase is not Phase.JOIN], now, timeouts
+    )
+
+
+def _stalled(working: Sequence[Station], now: float, timeouts: Timeouts) -> Failure | None:
+    """Whether those ranks that are furthest behind have not gone on for too long.
+
+    Only they can be to blame: all others wait for them, and with good reason, however long. And where several are equally
+    far behind, they can only wait for each other since the last of them has come there.
+    """
+    furthest_behind = min((station.place for station in working), default=None)
+    behind = sorted((station for station in working if station.place == furthest_behind), key=lambda each: each.rank)
+    if not behind:
+        return None
+    last = max(behind, key=lambda station: station.changed_at)
+    setting = _SETTING_OF_PHASE[last.phase]
+    stalled_s = now - last.changed_at
+    if stalled_s <= getattr(timeouts, setting):
+        return None
+    also = [station.rank for station in behind if station is not last]
+    at = f" at epoch {last.epoch}, step {last.step}" if last.phase.has_step else ""
+    so_have = f"; so have ranks {also}" if also else ", and the others wait for it"
+    return Failure(
+        "RendezvousTimeoutError",
+        f"this rank has been in phase '{last.phase.value}'{at} for {stalled_s:.0f} s without going on{so_have}. "
+        f"Setting: Timeouts.{setting}",
+        *last.whereabouts,
+    )

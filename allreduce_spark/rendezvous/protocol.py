@@ -68,6 +68,11 @@ class Phase(str, Enum):
     RESULT = "result"
     TEARDOWN = "teardown"
 
+    @property
+    def has_step(self) -> bool:
+        """Whether a rank in this phase is at some optimizer step."""
+        return self in (Phase.FIRST_STEP, Phase.TRAIN, Phase.VALIDATE)
+
 
 @dataclass(frozen=True)
 class Message:
@@ -96,7 +101,10 @@ class Codec:
         Raises:
             ProtocolError: The message is over the limits.
         """
-        header = json.dumps({**message.fields, "kind": message.kind}, separators=(",", ":")).encode()
+        # Not in ASCII: escaped, the log of a rank that draws progress bars would be three times as long. A file name that
+        # is not UTF-8 leaves lone surrogates in a message; `json.loads` lets them pass too.
+        text = json.dumps({**message.fields, "kind": message.kind}, ensure_ascii=False, separators=(",", ":"))
+        header = text.encode(errors="surrogatepass")
         if len(header) > MAX_HEADER_BYTES or len(message.body) > MAX_BODY_BYTES:
             raise ProtocolError(
                 f"a '{message.kind}' message of {len(header)} + {len(message.body)} bytes is over the limit of "

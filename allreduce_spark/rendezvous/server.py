@@ -18,6 +18,7 @@ import logging
 import secrets
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -25,7 +26,16 @@ from typing import Any
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ProtocolError, RankFailedError, RendezvousError
 from allreduce_spark.rendezvous import pmi, protocol
-from allreduce_spark.rendezvous.group import Failure, Join, Station, first_cause, form_group, nodes_of, overdue
+from allreduce_spark.rendezvous.group import (
+    Failure,
+    Join,
+    Station,
+    add_failure,
+    first_cause,
+    form_group,
+    nodes_of,
+    overdue,
+)
 from allreduce_spark.rendezvous.protocol import Codec, Message, Phase
 
 __all__ = ["Rendezvous"]
@@ -34,7 +44,7 @@ log = logging.getLogger(__name__)
 rank_log = logging.getLogger("allreduce_spark.rank")
 
 HANDSHAKE_S = 10.0
-MAX_STRANGERS = 128
+MAX_STRANGERS = 128  # beside the agents themselves, which may all come at once
 # A rank that lost the others in a collective may be heard before the death that caused it: wait so long for the cause.
 GRACE_S = 0.4
 
@@ -62,6 +72,8 @@ class Rendezvous:
             its membership, or raises an `AllReduceSparkError` that ends the fit.
         on_progress: Called in the rendezvous thread with each progress report of the root and each change of phase.
         on_result: Called in the rendezvous thread with each piece of the root's result, in order.
+
+    What one of these three raises ends the fit.
     """
 
     def __init__(
@@ -94,10 +106,10 @@ class Rendezvous:
         self._finished = threading.Event()
         self._deserted = threading.Event()
         self._deserted.set()
-        self._connections = 0
+        self._connected = 0
         self._started_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="allreduce-spark-rendezvous", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="allreduce-spark-rendezvous", daemon=True)
         self.address: tuple[str, int] | None = None
         self.result: dict[str, Any] | None = None
 
@@ -107,10 +119,11 @@ class Rendezvous:
         Raises:
             RendezvousError: Nobody can listen there.
         """
+        self._started_at = time.monotonic()
         self._thread.start()
         try:
             self.address = asyncio.run_coroutine_threadsafe(self._listen(host), self._loop).result()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: it cannot be the name of a host
             self.close()
             raise RendezvousError(
                 f"the driver cannot listen on {host!r}: {error}. It is the address that executors use to reach the driver "
@@ -140,6 +153,9 @@ class Rendezvous:
         """Wait for the agents to leave, `teardown_s` at most, then stop listening."""
         if self._loop.is_closed():
             return
+        if not self._thread.is_alive():  # never started, or the loop was broken off
+            self._loop.close()
+            return
         if not self.wait_for_departure(self._timeouts.teardown_s):
             log.warning("agents are still connected %.0f s after the end of the fit", self._timeouts.teardown_s)
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
@@ -148,6 +164,15 @@ class Rendezvous:
         self._loop.close()
 
     # Everything below runs in the rendezvous thread.
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        except BaseException as error:  # A callback may still raise SystemExit, which no handler of the loop catches.
+            self._failures = add_failure(self._failures, _failure_on_driver(error))
+            self._finished.set()
+            self._deserted.set()
+            raise
 
     async def _listen(self, host: str) -> tuple[str, int]:
         self._server = await asyncio.start_server(self._serve, host, 0, backlog=self._num_ranks + 16)
@@ -164,37 +189,43 @@ class Rendezvous:
         await asyncio.gather(*others, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._connections += 1
-        self._deserted.clear()
-        agent = None
         try:
             agent = await self._authenticate(reader, writer)
             if agent is not None:
-                await self._converse(agent, reader)
+                await self._attend(agent, reader)
+        finally:
+            writer.close()
+
+    async def _attend(self, agent: _Agent, reader: asyncio.StreamReader) -> None:
+        """Listen to one agent for as long as it is there. Strangers do not come so far, so nobody waits for them to go."""
+        self._connected += 1
+        self._deserted.clear()
+        try:
+            await self._converse(agent, reader)
         except (OSError, AllReduceSparkError) as error:
             self._lost(agent, str(error))
+        except Exception as error:  # noqa: BLE001  A mistake of ours is to end the fit, not only this connection.
+            self._fail(_failure_on_driver(error))
         else:
             self._lost(agent, "its connection to the driver ended")
         finally:
-            writer.close()
-            self._connections -= 1
-            if not self._connections:
+            self._connected -= 1
+            if not self._connected:
                 self._deserted.set()
 
     async def _authenticate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Agent | None:
-        if self._strangers >= MAX_STRANGERS:
+        if self._strangers >= MAX_STRANGERS + self._num_ranks:
             return None
         self._strangers += 1
         peer = writer.get_extra_info("peername")
         try:
-            async with asyncio.timeout(HANDSHAKE_S):
-                nonce = secrets.token_bytes(protocol.NONCE_BYTES)
-                writer.write(protocol.challenge(nonce))
-                answer = await reader.readexactly(protocol.ANSWER_BYTES)
-                proof, codec = protocol.check_answer(self._key, nonce, answer)
-                writer.write(proof)
-        except (TimeoutError, asyncio.IncompleteReadError, RendezvousError, OSError) as error:
-            log.warning("refused a connection from %s: %s", peer, error or type(error).__name__)
+            nonce = secrets.token_bytes(protocol.NONCE_BYTES)
+            writer.write(protocol.challenge(nonce))
+            answer = await asyncio.wait_for(reader.readexactly(protocol.ANSWER_BYTES), HANDSHAKE_S)
+            proof, codec = protocol.check_answer(self._key, nonce, answer)
+            writer.write(proof)
+        except (asyncio.TimeoutError, asyncio.IncompleteReadError, RendezvousError, OSError) as error:
+            log.warning("refused a connection from %s: %s", peer, str(error) or type(error).__name__)
             return None
         finally:
             self._strangers -= 1
@@ -221,34 +252,34 @@ class Rendezvous:
         agent.station = Station(rank, host, heard_at=now, changed_at=now)
         self._agents[rank] = agent
         if len(self._agents) == self._num_ranks:
-            self._show_progress({"phase": Phase.SPOOL.value})
+            self._call(self._show_progress, {"phase": Phase.SPOOL.value})
 
     def _on_heartbeat(self, agent: _Agent, message: Message, *, phase: str, epoch: int, step: int) -> None:
-        station = _station(agent)
+        self._move(_station(agent), Phase(phase), int(epoch), int(step))
+
+    def _move(self, station: Station, phase: Phase, epoch: int = 0, step: int = 0) -> None:
         before = station.phase
-        station.move_to(Phase(phase), int(epoch), int(step), time.monotonic())
+        station.move_to(phase, epoch, step, time.monotonic())
         if station.rank == 0 and station.phase is not before:
-            self._show_progress({"phase": phase})
+            self._call(self._show_progress, {"phase": station.phase.value})
 
     def _on_join(self, agent: _Agent, message: Message, **fields: Any) -> None:
         station = _station(agent)
         station.join = Join(rank=station.rank, host=station.host, **fields)
-        station.move_to(Phase.JOIN, 0, 0, time.monotonic())
+        self._move(station, Phase.JOIN)
         joins = [other.station.join for _, other in sorted(self._agents.items()) if other.station]
         if len(joins) == self._num_ranks and all(joins):
             self._open_generation([join for join in joins if join is not None])
 
     def _open_generation(self, joins: list[Join]) -> None:
-        try:
-            approved = self._approve(joins)
-        except AllReduceSparkError as error:
-            self._fail(Failure(type(error).__name__, str(error), phase=Phase.JOIN.value))
-            return
+        approved = self._call(self._approve, joins)
+        if approved is None:
+            return  # It has raised, or the fit had failed before.
         name = f"allreduce_spark-{secrets.token_hex(8)}"
         self._keys = pmi.KeySpace(name, self._num_ranks, pmi.process_mapping(nodes_of(joins)))
         for membership, agent in zip(form_group(joins, 0, name), self._ranked(), strict=True):
             agent.send("member", membership=asdict(membership), approved=approved)
-            _station(agent).move_to(Phase.IMPORT, 0, 0, time.monotonic())
+            self._move(_station(agent), Phase.IMPORT)
 
     def _on_pmi(self, agent: _Agent, message: Message, *, line: str) -> None:
         if self._keys is None:
@@ -258,43 +289,46 @@ class Rendezvous:
             replies = self._keys.answer(station.rank, line)
         except RankFailedError as error:
             # MPI gives up where a peer is gone, so the peer's death may be the cause and still be on its way here.
-            place = (station.rank, station.host, station.phase.value, station.step)
-            self._fail(Failure("MPIAbort", error.cause, *place, consequence=True))
+            self._fail(Failure("MPIAbort", error.cause, *station.whereabouts, consequence=True))
             return
         for rank, reply in replies:
             self._agents[rank].send("pmi", line=reply)
 
-    def _on_log(self, agent: _Agent, message: Message, *, lines: list[str]) -> None:
+    def _on_log(self, agent: _Agent, message: Message) -> None:
         station = _station(agent)
-        for line in lines:
+        for line in message.body.decode(errors="replace").split("\n"):
             rank_log.info("[rank %d on %s] %s", station.rank, station.host, line)
 
     def _on_progress(self, agent: _Agent, message: Message, **fields: Any) -> None:
         if _station(agent).rank == 0:
-            self._show_progress(fields)
+            self._call(self._show_progress, fields)
 
     def _on_result(self, agent: _Agent, message: Message) -> None:
         if _station(agent).rank == 0:
-            self._keep_result(message.body)
+            self._call(self._keep_result, message.body)
 
     def _on_failed(self, agent: _Agent, message: Message, **fields: Any) -> None:
         station = _station(agent)
         fields["log_tail"] = tuple(fields.get("log_tail", ()))
+        rank, host, phase, step = station.whereabouts
+        failure = Failure(**{"rank": rank, "host": host, "phase": phase, "step": step, **fields})
         station.done = True
-        self._fail(Failure(rank=station.rank, host=station.host, **fields))
+        self._fail(failure)
 
     def _on_done(self, agent: _Agent, message: Message, **fields: Any) -> None:
         station = _station(agent)
         station.done = True
         if station.rank == 0:
             self.result = fields
-        if len(self._agents) == self._num_ranks and all(_station(other).done for other in self._ranked()):
+        # An agent that is lost is done as well, so a failure that waits for its cause must not look like success.
+        everybody = len(self._agents) == self._num_ranks and all(_station(other).done for other in self._ranked())
+        if everybody and not self._failures:
             for other in self._ranked():
                 other.send("finish")
             self._finished.set()
 
-    def _lost(self, agent: _Agent | None, why: str) -> None:
-        if agent is None or agent.station is None or agent.station.done or self._finished.is_set():
+    def _lost(self, agent: _Agent, why: str) -> None:
+        if agent.station is None or agent.station.done or self._finished.is_set():
             return
         station = agent.station
         station.done = True
@@ -302,18 +336,28 @@ class Rendezvous:
             Failure(
                 "AgentLost",
                 f"the agent is gone ({why}): its executor or Python worker died, or the task was killed",
-                *(station.rank, station.host, station.phase.value, station.step),
+                *station.whereabouts,
                 consequence=True,
             )
         )
 
+    def _call(self, callback: Callable[..., Any], argument: Any) -> Any:
+        """Tell the code that made this rendezvous something. What it raises ends the fit; afterwards it is told no more."""
+        if self._failures:
+            return None
+        try:
+            return callback(argument)
+        except Exception as error:  # noqa: BLE001  whatever it is: the fit would hang if nobody heard of it
+            self._fail(_failure_on_driver(error))
+            return None
+
     def _fail(self, failure: Failure) -> None:
         if self._finished.is_set():
             return
-        self._failures.append(failure)
-        if not failure.consequence:
+        known, self._failures = self._failures, add_failure(self._failures, failure)
+        if not first_cause(self._failures).consequence:
             self._spread_failure()
-        elif len(self._failures) == 1:
+        elif not known:
             self._loop.call_later(GRACE_S, self._spread_failure)
 
     def _spread_failure(self) -> None:
@@ -321,18 +365,21 @@ class Rendezvous:
             return
         cause = first_cause(self._failures)
         for agent in self._agents.values():
-            agent.send("abort", cause=f"rank {cause.rank}: {cause.cause}"[:4096])
+            agent.send("abort", cause=cause.cause[:4096])
         self._finished.set()
 
     async def _watch(self) -> None:
-        while not self._finished.is_set():
-            await asyncio.sleep(self._timeouts.heartbeat_s)
-            for agent in self._agents.values():
-                agent.send("heartbeat")
-            stations = [_station(agent) for agent in self._agents.values()]
-            late = overdue(stations, self._num_ranks, self._started_at, time.monotonic(), self._timeouts)
-            if late is not None:
-                self._fail(late)
+        try:
+            while not self._finished.is_set():
+                await asyncio.sleep(self._timeouts.heartbeat_s)
+                for agent in self._agents.values():
+                    agent.send("heartbeat")
+                stations = [_station(agent) for agent in self._agents.values()]
+                late = overdue(stations, self._num_ranks, self._started_at, time.monotonic(), self._timeouts)
+                if late is not None:
+                    self._fail(late)
+        except Exception as error:  # noqa: BLE001  without the watch, no deadline would hold
+            self._fail(_failure_on_driver(error))
 
     def _ranked(self) -> list[_Agent]:
         return [agent for _, agent in sorted(self._agents.items())]
@@ -342,3 +389,10 @@ def _station(agent: _Agent) -> Station:
     if agent.station is None:
         raise ProtocolError("an agent spoke before it said hello")
     return agent.station
+
+
+def _failure_on_driver(error: BaseException) -> Failure:
+    name = type(error).__name__
+    if isinstance(error, AllReduceSparkError):
+        return Failure(name, str(error), phase=Phase.JOIN.value)
+    return Failure(name, f"on the driver: {name}: {error}\n{''.join(traceback.format_exception(error))}")

@@ -1,9 +1,8 @@
-"""What the driver makes sure of once all shards are on disk, before any rank starts: enough rows, of one kind, fit for the model."""
+"""What the driver makes sure of when all shards are on disk and no rank has started: enough rows, alike, fit for the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 
@@ -12,7 +11,7 @@ from allreduce_spark.data.spec import RowSpec, common_spec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous.group import Join
 from allreduce_spark.training.batches import validation_rows_of
-from allreduce_spark.training.checks import check_rows
+from allreduce_spark.training.checks import check_inputs, check_labels
 
 __all__ = ["approve"]
 
@@ -40,14 +39,16 @@ def approve(
     spec = _agreed_spec({join.rank: join.spec for join in joins})
     validation_spec = _agreed_spec({join.rank: join.validation_spec for join in joins})
     assert spec is not None  # there are rows
-    check_rows(model, spec)
+    check_labels(model, spec)
+    check_inputs(model, spec)
     if config.class_weight is not None and spec.sample_weight is not None:
         raise ConfigError(
             "class_weight and sample weights are both given, and Keras takes only one of them: leave one out."
         )
     if validation_spec is not None:
         try:
-            check_rows(model, validation_spec)
+            check_labels(model, validation_spec)
+            check_inputs(model, validation_spec)
         except DataError as error:
             raise DataError(f"validation_data: {error}") from error
     return {"spec": spec.to_json(), "validation_spec": validation_spec.to_json() if validation_spec else None}

@@ -211,6 +211,11 @@ class SparkModel:
 
     def _inference_task(self, batch_size: int) -> InferenceTask:
         FitConfig(batch_size=batch_size)  # checks it
+        if not self.model.built:
+            raise ConfigError(
+                "the model has no weights yet, and each partition would draw its own: fit it first, or build it with "
+                "model.build(shape) or keras.Input."
+            )
         objects = pickle_objects({**custom_objects_of(self.model), **self._custom_objects})
         return InferenceTask(model_to_bytes(self.model), objects, batch_size)
 

@@ -34,7 +34,7 @@ def main() -> None:
         from allreduce_spark.training.rank import run_rank
 
         run_rank(channel, arguments.folder, arguments.threads)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  # everything is reported, and ends the process
         traceback.print_exc()
         with contextlib.suppress(OSError):
             channel.send("failed", error=type(error).__name__, cause=_cause(error), consequence=_is_consequence(error))

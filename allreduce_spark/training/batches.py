@@ -9,9 +9,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from allreduce_spark.config import FitConfig
 from allreduce_spark.data.shard import Shard
+from allreduce_spark.errors import DataError
+from allreduce_spark.world import Membership
 
-__all__ = ["BatchPlan", "ShardBatches", "validation_rows_of"]
+__all__ = ["BatchPlan", "ShardBatches", "data_sets", "validation_rows_of"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,29 @@ def validation_rows_of(rows: tuple[int, ...], share: float) -> tuple[int, ...]:
     return tuple(int(count) for count in np.diff(ends, prepend=0))
 
 
+def data_sets(
+    config: FitConfig, membership: Membership, shards: tuple[Shard, Shard]
+) -> tuple[ShardBatches, ShardBatches | None]:
+    """The rows to train on, and those to validate on: a set of its own, or the last rows of every shard, or none.
+
+    Args:
+        shards: The training rows of this rank, and its rows of a validation set of its own (perhaps empty).
+    """
+    train_shard, validation_shard = shards
+    rank = membership.world.rank
+    held_out = validation_rows_of(membership.rows, config.validation_split)
+    kept = tuple(rows - held for rows, held in zip(membership.rows, held_out, strict=True))
+    seed = config.seed if config.shuffle else None
+    train = ShardBatches(train_shard, BatchPlan(kept, config.batch_size), rank, seed=seed)
+    batch_size = config.validation_batch_size or config.batch_size
+    if any(membership.validation_rows):
+        return train, ShardBatches(validation_shard, BatchPlan(membership.validation_rows, batch_size), rank)
+    if any(held_out):
+        plan = BatchPlan(held_out, batch_size)
+        return train, ShardBatches(train_shard, plan, rank, first_row=kept[rank])
+    return train, None
+
+
 class ShardBatches(keras.utils.PyDataset):
     """The batches of one rank's shard, as `keras.Model.fit` reads them.
 
@@ -74,38 +100,40 @@ class ShardBatches(keras.utils.PyDataset):
         rank: Which of the plan's ranks this is.
         first_row: Index in the shard of the first row that belongs to this data set; `plan.rows[rank]` rows follow.
         seed: Seed of the order of rows, or None to keep them as they are.
+
+    Attributes:
+        epoch: Which order to use; whoever trains moves it on.
+        plan, spec: As given, and what a row looks like.
     """
 
     def __init__(
         self, shard: Shard, plan: BatchPlan, rank: int, *, first_row: int = 0, seed: int | None = None
     ) -> None:
-        super().__init__()  # workers=1: Keras reads ahead in a thread of tf.data
-        self._shard, self._plan, self._rank, self._first_row, self._seed = shard, plan, rank, first_row, seed
+        super().__init__()  # Keras reads ahead in a thread of tf.data
+        if shard.spec is None:
+            raise DataError("no rank has rows in this data set, so nobody knows what a row looks like")
+        self.plan, self.spec, self.epoch = plan, shard.spec, 0
+        self._shard, self._rank, self._first_row, self._seed = shard, rank, first_row, seed
         self._order: tuple[int, np.ndarray] | None = None
-        self.epoch = 0
 
     def __len__(self) -> int:
-        return self._plan.steps
+        return self.plan.steps
 
     def __getitem__(self, step: int) -> tuple[Any, ...]:
-        count = self._plan.rows_of(self._rank, step)
+        count = self.plan.rows_of(self._rank, step)
         if count == 0:
-            return _as_keras_batch(
-                self._shard.spec.zeros(1) if not len(self._shard) else self._shard.take(np.zeros(1, int))
-            )
-        start = step * self._plan.batch_size
-        if self._seed is None:
-            rows = np.arange(start, start + count)
-        else:
-            rows = self._order_of(self.epoch)[start : start + count]
+            return _as_keras_batch(self._shard.take([0]) if len(self._shard) else self.spec.zeros(1))
+        rows = np.arange(step * self.plan.batch_size, step * self.plan.batch_size + count)
+        if self._seed is not None:
+            rows = self._order_of(self.epoch, self._seed)[rows]
         return _as_keras_batch(self._shard.take(rows + self._first_row))
 
-    def _order_of(self, epoch: int) -> np.ndarray:
+    def _order_of(self, epoch: int, seed: int) -> np.ndarray:
         """A random order of the rows; 4 bytes a row, the only memory here that grows with the shard."""
         if self._order is None or self._order[0] != epoch:
-            count = self._plan.rows[self._rank]
+            count = self.plan.rows[self._rank]
             order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-            np.random.default_rng([self._seed, epoch, self._rank]).shuffle(order)
+            np.random.default_rng([seed, epoch, self._rank]).shuffle(order)
             self._order = (epoch, order)
         return self._order[1]
 

@@ -57,7 +57,7 @@ class First(keras.callbacks.Callback):
     Args:
         communicator: The group.
         rows: Told at every step how many rows count.
-        train, validation: Plan and batches of either data set; validation may be None.
+        train, validation: This rank's batches; there may be none to validate on.
         status: Told at every step where this rank is.
         report: Called with progress for the driver now and then, on the root; None elsewhere.
     """
@@ -66,14 +66,15 @@ class First(keras.callbacks.Callback):
         self,
         communicator: Communicator,
         rows: StepRows,
-        train: tuple[BatchPlan, ShardBatches],
-        validation: BatchPlan | None,
+        train: ShardBatches,
+        validation: ShardBatches | None,
         status: StatusPage,
         report: Callable[..., None] | None,
     ) -> None:
         super().__init__()
         self._communicator, self._rows = communicator, rows
-        (self._plan, self._batches), self._validation = train, validation
+        self._batches, self._plan = train, train.plan
+        self._validation = None if validation is None else validation.plan
         self._status, self._report, self._reported_at = status, report, 0.0
         self._epoch = 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -13,7 +12,7 @@ from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.training.metrics import metric_variables
 
-__all__ = ["check_callbacks", "check_model", "check_rows"]
+__all__ = ["check_callbacks", "check_inputs", "check_labels", "check_model"]
 
 
 def check_model(model: object) -> keras.Model:
@@ -61,19 +60,27 @@ def check_callbacks(callbacks: object) -> list[keras.callbacks.Callback]:
     return list(callbacks)
 
 
-def check_rows(model: keras.Model, spec: RowSpec) -> None:
-    """Make sure that rows of this kind fit the model, as far as can be told without running a step.
-
-    A model that is not built takes whatever comes first, and the `call` of a subclass may do anything: they are not
-    looked at.
+def check_labels(model: keras.Model, spec: RowSpec) -> None:
+    """Make sure that the rows have labels where the loss needs them.
 
     Raises:
-        DataError: The rows have no labels that the loss could use, or their x is not what the inputs of the model take.
+        DataError: They have none.
     """
     loss = _compile_arguments(model).get("loss")
     if spec.y is None and loss is not None:
         name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", repr(loss))
         raise DataError(f"the rows have no labels, but the model was compiled with the loss {name!r}: give (x, y).")
+
+
+def check_inputs(model: keras.Model, spec: RowSpec) -> None:
+    """Make sure that the x of such rows fits the model, as far as can be told without running it.
+
+    A model that is not built takes whatever comes first, and the `call` of a subclass may do anything: those are not
+    looked at.
+
+    Raises:
+        DataError: The inputs of the model take something else; both are named.
+    """
     problem = _misfit(model, spec.x) if getattr(model, "inputs", None) else None
     if problem is not None:
         raise DataError(problem)

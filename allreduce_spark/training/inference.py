@@ -16,6 +16,7 @@ import numpy as np
 from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.shard import Shard, ShardWriter
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
 from allreduce_spark.training.model_bytes import load_model
 
@@ -61,7 +62,11 @@ def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
     """
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
         batches = _batches(blocks, Path(folder) / "rows.arrow", task.batch_size)
-        return None if batches is None else _model(task).predict(batches, verbose=0)
+        if batches is None:
+            return None
+        model = _model(task)
+        check_inputs(model, batches.spec)
+        return model.predict(batches, verbose=0)
 
 
 def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetrics | None:
@@ -75,6 +80,8 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
         if batches is None:
             return None
         model = _model(task)
+        check_labels(model, batches.spec)
+        check_inputs(model, batches.spec)
         model.evaluate(batches, verbose=0)
         state = [value_of(variable) for variable in metric_variables(model)]
         model.reset_metrics()

@@ -110,7 +110,7 @@ def save_state(model: keras.Model, path: Path, about: Mapping[str, Any]) -> None
     """Write all variables of model and optimizer, and `about` as JSON, to a safetensors file."""
     arrays, dtypes = {}, {}
     for name, variable in _named_variables(model):
-        array = variable.numpy()
+        array = np.asarray(variable.numpy())  # a number where the variable is a scalar
         dtypes[name] = variable.dtype
         # Types of which safetensors' numpy side knows nothing (bfloat16, float8) travel as the bytes they are.
         arrays[name] = array if array.dtype.kind in "fiub" else array.view(np.dtype(f"u{array.dtype.itemsize}"))

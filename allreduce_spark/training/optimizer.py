@@ -72,7 +72,7 @@ def distribute(
     def apply(grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> Any:
         return apply_locally(reduce(list(grads)), trainable_variables)
 
-    optimizer.apply = apply  # type: ignore[method-assign]
+    optimizer.apply = apply
     return optimizer
 
 

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cloudpickle
 import keras
@@ -15,14 +14,14 @@ import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.mpi import open_mpi
-from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.config import FitConfig
 from allreduce_spark.data.shard import Shard
 from allreduce_spark.data.spec import RowSpec
 from allreduce_spark.errors import CollectiveError
 from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
-from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
+from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.job import Job, seed_variables
 from allreduce_spark.training.losses import globalize_losses
@@ -60,14 +59,14 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     communicator.timeout_s = job.timeouts.collective_s
 
     status.write(Phase.FIRST_STEP)
-    shards = _open_shards(folder, start.fields["approved"])
+    spec, validation_spec = _specs(start.fields["approved"])
     report = (lambda **fields: channel.send("progress", **fields)) if membership.world.is_root else None
     history = train(
         model,
         communicator,
         job.config,
         membership,
-        shards=shards,
+        shards=(Shard.open(folder / "train.arrow", spec), Shard.open(folder / "validation.arrow", validation_spec)),
         callbacks=callbacks,
         seed_states=job.seed_states,
         status=status,
@@ -76,7 +75,7 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
 
     status.write(Phase.RESULT)
     if membership.world.is_root:
-        write_result(model, history, shards[0].spec, folder / "result")
+        write_result(model, history, spec, folder / "result")
     communicator.barrier(timeout_s=job.timeouts.result_s)
     status.write(Phase.TEARDOWN)
     communicator.close()
@@ -95,27 +94,31 @@ def train(
     status: StatusPage,
     report: Callable[..., None] | None,
 ) -> keras.callbacks.History:
-    """Fit `model` on this rank's rows, in step with all other ranks."""
-    train_shard, validation_shard = shards
-    rank = communicator.rank
-    held_out = validation_rows_of(membership.rows, config.validation_split)
-    plan = BatchPlan(tuple(n - v for n, v in zip(membership.rows, held_out, strict=True)), config.batch_size)
-    batches = ShardBatches(train_shard, plan, rank, seed=config.seed if config.shuffle else None)
-    validation = _validation_batches(config, membership, held_out, rank, train_shard, validation_shard)
+    """Fit `model` on this rank's rows, in step with all other ranks.
 
-    _build(model, train_shard, communicator)
+    Args:
+        model: Compiled; the same on every rank.
+        shards: The training rows of this rank, and its rows of a validation set of its own.
+        callbacks: The user's; the same on every rank.
+        seed_states: States of the model's random generators to start from; empty for those that it has.
+        status: Where this rank says how far it is.
+        report: Called with progress now and then, on the root; None elsewhere.
+    """
+    rank = communicator.rank
+    data, validation = data_sets(config, membership, shards)
+    _build(model, data.spec, communicator)
     _make_randomness_differ(model, seed_states, rank)
     model.jit_compile = False  # XLA knows no way out of the graph to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
     rows = StepRows()
     distribute(model.optimizer, communicator, rows, moving_variables(model))
     globalize_losses(model, communicator, rows)
-    first = First(communicator, rows, (plan, batches), validation[0] if validation else None, status, report)
+    first = First(communicator, rows, data, validation, status, report)
     history = model.fit(
-        batches,
+        data,
         epochs=config.epochs,
         initial_epoch=config.initial_epoch,
-        validation_data=validation[1] if validation else None,
+        validation_data=validation,
         validation_freq=config.validation_freq,
         class_weight=config.class_weight,
         callbacks=[
@@ -160,36 +163,17 @@ def _seed(seed: int, rank: int) -> None:
     keras.utils.set_random_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
-def _open_shards(folder: Path, approved: dict[str, Any]) -> tuple[Shard, Shard]:
-    specs = [
-        None if text is None else RowSpec.from_json(text) for text in (approved["spec"], approved["validation_spec"])
-    ]
-    return Shard.open(folder / "train.arrow", specs[0]), Shard.open(folder / "validation.arrow", specs[1])
+def _specs(approved: dict[str, str | None]) -> tuple[RowSpec, RowSpec | None]:
+    """What the driver found the rows of all ranks to look like: those to train on, and those of a validation set."""
+    train, validation = approved["spec"], approved["validation_spec"]
+    assert train is not None  # the driver approves no data without rows
+    return RowSpec.from_json(train), None if validation is None else RowSpec.from_json(validation)
 
 
-def _validation_batches(
-    config: FitConfig,
-    membership: Membership,
-    held_out: tuple[int, ...],
-    rank: int,
-    train_shard: Shard,
-    validation_shard: Shard,
-) -> tuple[BatchPlan, ShardBatches] | None:
-    """Plan and batches of the validation set: rows of its own, or the last rows of every shard."""
-    batch_size = config.validation_batch_size or config.batch_size
-    if any(membership.validation_rows):
-        plan = BatchPlan(membership.validation_rows, batch_size)
-        return plan, ShardBatches(validation_shard, plan, rank)
-    if any(held_out):
-        plan = BatchPlan(held_out, batch_size)
-        return plan, ShardBatches(train_shard, plan, rank, first_row=membership.rows[rank] - held_out[rank])
-    return None
-
-
-def _build(model: keras.Model, shard: Shard, communicator: Communicator) -> None:
+def _build(model: keras.Model, spec: RowSpec, communicator: Communicator) -> None:
     """Make all variables exist, with the same values on every rank."""
     was_built = model.built
-    build_like(model, shard.spec)
+    build_like(model, spec)
     if not was_built:
         for variable in model.weights:  # each rank has drawn its own
             value = np.array(variable.numpy())
@@ -202,8 +186,9 @@ def _make_randomness_differ(model: keras.Model, seed_states: list[list[int]], ra
 
     The root draws what a single process would draw; the other ranks something else.
     """
-    for variable, state in zip(seed_variables(model), seed_states or [None] * 10**6, strict=False):
-        value = np.array(variable.numpy() if state is None else state, dtype=variable.dtype)
+    variables = seed_variables(model)
+    for variable, state in zip(variables, seed_states or [variable.numpy() for variable in variables], strict=True):
+        value = np.array(state, dtype=variable.dtype)
         if rank:
             value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]
         variable.assign(value)

@@ -94,7 +94,8 @@ def test_the_environment_names_one_interface_and_keeps_what_the_user_set():
 
 def test_the_segments_that_a_process_maps_are_found():
     name = f"/dev/shm/mpich_shm_test{os.getpid()}_0"
-    code = f"import mmap, sys; m = mmap.mmap(open('{name}', 'r+b').fileno(), 0); print(flush=True); sys.stdin.read()"
+    opened = f"file = open('{name}', 'r+b'); memory = mmap.mmap(file.fileno(), 0)"
+    code = f"import mmap, sys; {opened}; print(flush=True); sys.stdin.read()"
     with open(name, "wb") as segment:
         segment.write(bytes(4096))
     try:

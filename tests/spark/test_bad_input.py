@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +12,13 @@ import keras
 import numpy as np
 import pandas
 import pytest
+from pyspark import SparkContext
 from pyspark.ml.linalg import Vectors
 from pyspark.sql import SparkSession
 
-from allreduce_spark import SparkModel, Timeouts
+from allreduce_spark import SparkModel
 from allreduce_spark.errors import AllReduceSparkError, ConfigError, DataError
 from allreduce_spark.rendezvous import group, server
-from allreduce_spark.spark import model as model_module
-from allreduce_spark.spark import stage
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -55,15 +55,18 @@ def with_two_inputs() -> keras.Model:
 
 
 def without_config() -> keras.Model:
+    class Factor:
+        value = 2.0
+
     class Scale(keras.layers.Layer):
         def __init__(self, factor: Any) -> None:
             super().__init__()
             self.factor = factor
 
         def call(self, x: Any) -> Any:
-            return self.factor(x)
+            return x * self.factor.value
 
-    model = keras.Sequential([keras.Input((3,)), Scale(threading.Lock().__class__ and keras.ops.abs), keras.layers.Dense(1)])
+    model = keras.Sequential([keras.Input((3,)), Scale(Factor()), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
     return model
 
@@ -169,7 +172,9 @@ SETTINGS = [
         ["initial_epoch=3", "epochs=3"],
         arguments={"initial_epoch": 3, "epochs": 3},
     ),
-    Case("shuffle as text", ConfigError, ["shuffle must be True or False, got 'batch'"], arguments={"shuffle": "batch"}),
+    Case(
+        "shuffle as text", ConfigError, ["shuffle must be True or False, got 'batch'"], arguments={"shuffle": "batch"}
+    ),
     Case("seed negative", ConfigError, ["seed must be at least 0, got -1"], arguments={"seed": -1}),
     Case("verbose 3", ConfigError, ["verbose must be 0, 1, 2 or 'auto', got 3"], arguments={"verbose": 3}),
     Case("verbose as a list", ConfigError, ["verbose must be", "got [1]"], arguments={"verbose": [1]}),
@@ -230,7 +235,12 @@ SETTINGS = [
         ["cannot be sent to the executors", "lock", "HoldsALock"],
         arguments={"callbacks": [HoldsALock()]},
     ),
-    Case("unknown keyword", TypeError, ["unexpected keyword argument 'steps_per_epoch'"], arguments={"steps_per_epoch": 3}),
+    Case(
+        "unknown keyword",
+        TypeError,
+        ["unexpected keyword argument 'steps_per_epoch'"],
+        arguments={"steps_per_epoch": 3},
+    ),
     Case("feature column a number", ConfigError, ["features_col", "5"], arguments={"features_col": 5}),
     Case("weight column a number", ConfigError, ["weight_col", "5"], arguments={"weight_col": 5}),
 ]
@@ -295,7 +305,9 @@ DATA = [
             [(Vectors.dense([1.0, 2.0, 3.0]), 1.0), (Vectors.dense([1.0, 2.0]), 1.0)], ["features", "label"]
         ).coalesce(1),
     ),
-    Case("string labels", DataError, ["y is a string", "StringIndexer"], data=lambda spark: (np.ones((2, 3)), ["a", "b"])),
+    Case(
+        "string labels", DataError, ["y is a string", "StringIndexer"], data=lambda spark: (np.ones((2, 3)), ["a", "b"])
+    ),
     Case(
         "string label column",
         DataError,
@@ -332,8 +344,13 @@ DATA = [
     Case("rows without a label", DataError, ["y is None"], data=rdd((np.ones(3), None))),
     Case("ragged lists", DataError, ["x is ragged"], data=lambda spark: ([[1, 2, 3], [1, 2]], [0, 1])),
     Case("dates", DataError, ["datetime64", "numbers"], data=lambda spark: (np.array(["2020-01-01"], "M8[D]"), [1])),
-    Case("a date column", DataError, ["column 'd'", "numbers"], data=frame([(None, 1.0)], "d date, label float"),
-         arguments={"features_col": "d"}),
+    Case(
+        "a date column",
+        DataError,
+        ["column 'd'", "numbers"],
+        data=frame([(None, 1.0)], "d date, label float"),
+        arguments={"features_col": "d"},
+    ),
     Case(
         "a list of dicts",
         DataError,
@@ -436,11 +453,83 @@ def fit(case: Case, spark: SparkSession) -> Any:
 
 
 @pytest.mark.parametrize("case", [*MODELS, *RANKS, *SETTINGS, *DATA, *FIT], ids=lambda case: case.name)
-def test_what_cannot_work_is_refused_before_any_rank_starts(
-    case: Case, spark: SparkSession, let_go: list[Any]
-) -> None:
+def test_what_cannot_work_is_refused_before_any_rank_starts(case: Case, spark: SparkSession, let_go: list[Any]) -> None:
     with pytest.raises(case.error) as caught:
         fit(case, spark)
-    print(f"{type(caught.value).__name__}: {caught.value}")
     assert [part for part in case.says if part not in str(caught.value)] == []
     assert let_go == []
+
+
+def test_more_ranks_than_slots_is_refused_at_once_and_not_after_minutes(spark: SparkSession) -> None:
+    started_at = time.monotonic()
+    with pytest.raises(ConfigError, match=r"num_ranks=64 needs 64 slots at once, but this Spark application has 2"):
+        SparkModel(compiled(), num_ranks=64).fit(arrays(spark))
+    assert time.monotonic() - started_at < 2
+
+
+def test_a_callback_that_holds_the_spark_context_is_named(spark: SparkSession) -> None:
+    with pytest.raises(ConfigError, match=r"HoldsSpark.* cannot be sent to the executors"):
+        SparkModel(compiled()).fit(arrays(spark), callbacks=[HoldsSpark(spark.sparkContext)], verbose=0)
+
+
+def test_without_a_spark_session_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparkContext, "_active_spark_context", None)
+    for call in (SparkModel(compiled()).fit, SparkModel(compiled()).evaluate, SparkModel(compiled()).predict):
+        with pytest.raises(ConfigError, match=r"no active Spark session.*getOrCreate"):
+            call((np.ones((2, 3)), np.ones(2)))
+
+
+def test_dynamic_allocation_is_refused(spark: SparkSession) -> None:
+    settings = spark.sparkContext._conf
+    settings.set("spark.dynamicAllocation.enabled", "true")
+    try:
+        with pytest.raises(ConfigError, match=r"dynamicAllocation.enabled is true.*Set it to false"):
+            SparkModel(compiled()).fit(arrays(spark))
+    finally:
+        settings.set("spark.dynamicAllocation.enabled", "false")
+
+
+def test_words_among_the_loss_weights_are_dropped_with_a_warning_and_fit_works(spark: SparkSession) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", ["acc"])
+    with pytest.warns(UserWarning, match=r"loss_weights=\['acc'\].*pass metrics by name"):
+        spark_model = SparkModel(model, num_ranks=2)
+    assert np.isfinite(spark_model.fit(arrays(spark), verbose=0).history["loss"][0])
+
+
+INFERENCE = [
+    Case("predict of nothing", DataError, ["no rows"], data=lambda spark: spark.sparkContext.emptyRDD()),
+    Case("predict of empty arrays", DataError, ["0 rows"], data=lambda spark: np.ones((0, 3))),
+    Case("predict without weights", ConfigError, ["no weights yet", "fit it first"], model=unbuilt),
+    Case("predict with batch_size 0", ConfigError, ["batch_size must be"], arguments={"batch_size": 0}),
+    Case(
+        "predict of a wrong column",
+        DataError,
+        ["no column 'features'", "['f']"],
+        data=frame([([1.0],)], "f array<float>"),
+    ),
+    Case(
+        "predict of rows that do not fit the model",
+        DataError,
+        ["x has rows of shape (4,)", "(3,)"],
+        data=lambda spark: np.ones((ROWS, 4)),
+    ),
+    Case(
+        "predict of ragged rows",
+        DataError,
+        ["row 1", "(3,)", "(4,)"],
+        data=rdd(np.ones(3), np.ones(4), partitions=1),
+    ),
+]
+
+
+@pytest.mark.parametrize("case", INFERENCE, ids=lambda case: case.name)
+def test_what_cannot_be_predicted_is_refused(case: Case, spark: SparkSession) -> None:
+    with pytest.raises(case.error) as caught:
+        SparkModel(case.model()).predict(case.data(spark), **case.arguments)
+    assert [part for part in case.says if part not in str(caught.value)] == []
+
+
+def test_evaluate_without_labels_is_refused(spark: SparkSession) -> None:
+    with pytest.raises(DataError, match="no labels"):
+        SparkModel(compiled()).evaluate((np.ones((ROWS, 3)),))

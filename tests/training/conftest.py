@@ -67,7 +67,7 @@ def write_shard(path: Path, part: tuple[Any, ...], spec: Any = None) -> Shard:
 def fit_ranks(tmp_path):
     """Returns fit(model, parts, config, ...): train copies of `model` on one rank per part; parts are (x, y[, weight])."""
 
-    def fit(model, parts, config, callbacks=lambda: [], validation=None) -> list[Fitted]:
+    def fit(model, parts, config, callbacks=list, validation=None) -> list[Fitted]:
         archive = tmp_path / "model.keras"
         archive.write_bytes(model_to_bytes(model))
         objects = custom_objects_of(model)
@@ -121,7 +121,9 @@ class GlobalBatches(keras.utils.PyDataset):
 
     def __getitem__(self, step: int) -> Any:
         present = [r for r in range(len(self._ranks)) if self._plan.rows_of(r, step)]
-        return keras.tree.map_structure(lambda *arrays: np.concatenate(arrays), *(self._ranks[r][step] for r in present))
+        return keras.tree.map_structure(
+            lambda *arrays: np.concatenate(arrays), *(self._ranks[r][step] for r in present)
+        )
 
 
 class NextEpoch(keras.callbacks.Callback):
@@ -138,7 +140,7 @@ class NextEpoch(keras.callbacks.Callback):
 def fit_reference(tmp_path):
     """Returns fit(model, parts, config, ...): train a copy of `model` with plain Keras on the union of the ranks' batches."""
 
-    def fit(model, parts, config: FitConfig, callbacks=lambda: [], validation=None) -> Fitted:
+    def fit(model, parts, config: FitConfig, callbacks=list, validation=None) -> Fitted:
         archive = tmp_path / "model.keras"
         archive.write_bytes(model_to_bytes(model))
         copy = load_model(archive, custom_objects_of(model))

@@ -150,7 +150,9 @@ def test_sparse_gradients_are_clipped_as_one_process_clips_them(fit_ranks, fit_r
 
 def test_sample_weights_class_weights_and_l2_losses_count_as_in_one_process(fit_ranks, fit_reference):
     config = FitConfig(epochs=2, batch_size=8)
-    model = mlp(metrics=["accuracy", keras.metrics.AUC(name="none")][:1], kernel_regularizer="l2", activity_regularizer="l2")
+    model = mlp(
+        metrics=["accuracy", keras.metrics.AUC(name="none")][:1], kernel_regularizer="l2", activity_regularizer="l2"
+    )
     parts = dense_data(SIZES[3], weights=True)
     ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
     assert_exact(ranks, reference)
@@ -176,7 +178,10 @@ def test_masked_outputs_count_valid_entries_over_all_ranks(fit_ranks, fit_refere
     keras.utils.set_random_seed(5)
     tokens = keras.Input((6,), dtype="int32")
     hidden = layers.LSTM(8, return_sequences=True)(layers.Embedding(20, 4, mask_zero=True)(tokens))
-    outputs = {"tag": layers.Dense(3, activation="softmax", name="tag")(hidden), "value": layers.Dense(1, name="value")(hidden)}
+    outputs = {
+        "tag": layers.Dense(3, activation="softmax", name="tag")(hidden),
+        "value": layers.Dense(1, name="value")(hidden),
+    }
     model = keras.Model(tokens, outputs)
     model.compile("sgd", {"tag": "sparse_categorical_crossentropy", "value": "mse"})
     chance = np.random.default_rng(6)
@@ -184,7 +189,9 @@ def test_masked_outputs_count_valid_entries_over_all_ranks(fit_ranks, fit_refere
     for size in SIZES[3]:
         lengths = chance.integers(1, 7, size)
         x = np.where(np.arange(6) < lengths[:, None], chance.integers(1, 20, (size, 6)), 0)
-        parts.append((x, {"tag": chance.integers(0, 3, (size, 6)), "value": chance.normal(size=(size, 6, 1)).astype("f4")}))
+        parts.append(
+            (x, {"tag": chance.integers(0, 3, (size, 6)), "value": chance.normal(size=(size, 6, 1)).astype("f4")})
+        )
     config = FitConfig(epochs=2, batch_size=8)
     ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
     assert_exact(ranks, reference)
@@ -237,7 +244,9 @@ def test_float64_models_are_reduced_in_float64(fit_ranks, fit_reference):
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(3, dtype="float64")])
     model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float64"))
     parts, config = dense_data(SIZES[3]), FitConfig(epochs=2, batch_size=8)
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config), relative=1e-8)  # float32 would give 1e-7
+    assert_exact(
+        fit_ranks(model, parts, config), fit_reference(model, parts, config), relative=1e-8
+    )  # float32 would give 1e-7
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
@@ -315,7 +324,12 @@ def test_validation_is_that_of_one_process(fit_ranks, fit_reference):
 def test_metrics_that_are_no_means_equal_those_of_one_process(fit_ranks, fit_reference):
     keras.utils.set_random_seed(14)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1, activation="sigmoid")])
-    metrics = [keras.metrics.AUC(), keras.metrics.Precision(), keras.metrics.F1Score(threshold=0.5), keras.metrics.R2Score()]
+    metrics = [
+        keras.metrics.AUC(),
+        keras.metrics.Precision(),
+        keras.metrics.F1Score(threshold=0.5),
+        keras.metrics.R2Score(),
+    ]
     model.compile("adam", "binary_crossentropy", metrics=[*metrics, keras.metrics.BinaryIoU()])
     parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data(SIZES[4])]
     config = FitConfig(epochs=2, batch_size=8, validation_split=0.3)
