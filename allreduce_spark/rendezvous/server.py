@@ -83,8 +83,8 @@ class Rendezvous:
         timeouts: Timeouts,
         *,
         approve: Callable[[Sequence[Join]], dict[str, Any]],
-        on_progress: Callable[[dict[str, Any]], None] = lambda fields: None,
-        on_result: Callable[[bytes], None] = lambda piece: None,
+        on_progress: Callable[[dict[str, Any]], object] = lambda fields: None,
+        on_result: Callable[[bytes], object] = lambda piece: None,
     ) -> None:
         self._num_ranks, self._key, self._timeouts = num_ranks, key, timeouts
         self._approve, self._show_progress, self._keep_result = approve, on_progress, on_result

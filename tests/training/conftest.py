@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,13 +55,20 @@ class Digests(keras.callbacks.Callback):
         self.digests.append(digest.hexdigest())
 
 
-def write_shard(path: Path, part: tuple[Any, ...], spec: Any = None) -> Shard:
+def write_shard(path: Path, part: tuple[Any, ...] | None, spec: Any = None) -> Shard:
     """A shard of the rows of `part`, (x, y[, sample_weight]); empty where they have no rows."""
     with ShardWriter(path) as writer:
-        if len(keras.tree.flatten(part)[0]):
+        if part is not None and len(keras.tree.flatten(part)[0]):
             for _, block in arrays_to_blocks(*part, role="train", num_shards=1):
                 writer.write(decode_block(block))
     return Shard.open(path, spec)
+
+
+@pytest.fixture(name="write_shard")
+def write_numbered_shard(tmp_path):
+    """Returns write(part, spec=None): `write_shard` to a new file."""
+    numbers = itertools.count()
+    return lambda part, spec=None: write_shard(tmp_path / f"shard{next(numbers)}", part, spec)
 
 
 @pytest.fixture

@@ -1,0 +1,250 @@
+"""Frames and the handshake, without a socket: what is accepted, and everything that is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allreduce_spark.errors import AuthenticationError, ProtocolError
+from allreduce_spark.rendezvous import protocol
+from allreduce_spark.rendezvous.protocol import (
+    MAX_BODY_BYTES,
+    NONCE_BYTES,
+    Codec,
+    Message,
+    Phase,
+    answer_challenge,
+    challenge,
+    check_answer,
+    session_codec,
+)
+
+KEY = bytes(range(32))
+NONCES = b"d" * NONCE_BYTES + b"a" * NONCE_BYTES
+
+# JSON as Python writes it: lone surrogates (a file name that is not UTF-8) and infinities included.
+TEXTS = st.text(st.characters(codec=None))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGES = st.builds(
+    Message,
+    TEXTS,
+    st.dictionaries(TEXTS.filter(lambda name: name != "kind"), VALUES, max_size=4),
+    st.binary(max_size=300),
+)
+
+
+def both_ends() -> tuple[Codec, Codec]:
+    """(driver's, agent's) codec of one connection."""
+    return session_codec(KEY, NONCES, driver=True), session_codec(KEY, NONCES, driver=False)
+
+
+def frames(sender: Codec, *kinds: str) -> list[bytes]:
+    return [sender.encode(Message(kind, {"number": index}, b"body")) for index, kind in enumerate(kinds)]
+
+
+# The codec
+
+
+@given(messages=st.lists(MESSAGES, max_size=4), cuts=st.lists(st.integers(0, 4000)))
+def test_every_message_arrives_as_it_was_however_the_stream_is_cut(messages, cuts):
+    driver, agent = both_ends()
+    stream = b"".join(driver.encode(message) for message in messages)
+    places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+    received = [
+        message
+        for start, end in zip(places, places[1:], strict=False)
+        for message in agent.feed(stream[start:end])
+    ]
+    assert received == messages
+
+
+def test_a_stream_may_come_byte_by_byte_and_in_both_directions():
+    driver, agent = both_ends()
+    for sender, receiver in ((driver, agent), (agent, driver)):
+        stream = b"".join(frames(sender, "one", "two"))
+        received = [message for index in range(len(stream)) for message in receiver.feed(stream[index : index + 1])]
+        assert [message.kind for message in received] == ["one", "two"]
+
+
+def test_without_keys_frames_carry_no_tag_and_are_understood():
+    assert list(Codec().feed(Codec().encode(Message("done")))) == [Message("done")]
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_frame_of_which_one_bit_was_changed_is_never_taken_for_a_message(place, bit):
+    driver, agent = both_ends()
+    frame = bytearray(driver.encode(Message("result", {"epoch": 3}, b"weights")))
+    frame[place % len(frame)] ^= 1 << bit
+    # A changed length makes the receiver either refuse or wait for bytes that never come; it must not make a message.
+    try:
+        assert list(agent.feed(bytes(frame))) == []
+    except ProtocolError:
+        pass
+
+
+def test_a_frame_sent_again_is_refused():
+    driver, agent = both_ends()
+    (frame,) = frames(driver, "abort")
+    assert len(list(agent.feed(frame))) == 1
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(agent.feed(frame))
+
+
+def test_a_frame_that_was_left_out_is_noticed_at_the_next():
+    driver, agent = both_ends()
+    _, second = frames(driver, "one", "two")
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(agent.feed(second))
+
+
+def test_two_frames_that_changed_places_are_refused():
+    driver, agent = both_ends()
+    first, second = frames(driver, "one", "two")
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(agent.feed(second + first))
+
+
+def test_a_frame_sent_back_to_its_sender_is_refused():
+    driver, _ = both_ends()
+    (frame,) = frames(driver, "abort")
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(driver.feed(frame))
+
+
+def test_a_frame_of_another_connection_is_refused():
+    _, agent = both_ends()
+    other = session_codec(KEY, b"o" * (2 * NONCE_BYTES), driver=True)
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(agent.feed(other.encode(Message("abort"))))
+
+
+@pytest.mark.parametrize("message", [Message("result", {}, b"x" * (MAX_BODY_BYTES + 1)), Message("log", {"a": "x" * 2**20})])
+def test_a_message_over_the_limits_is_refused_before_it_is_sent(message):
+    with pytest.raises(ProtocolError, match="over the limit"):
+        Codec().encode(message)
+
+
+@pytest.mark.parametrize(("header", "body"), [(2**20 + 1, 0), (0, MAX_BODY_BYTES + 1), (2**32 - 1, 2**32 - 1)])
+def test_a_frame_that_claims_to_be_huge_is_refused_at_its_first_bytes(header, body):
+    _, agent = both_ends()
+    with pytest.raises(ProtocolError, match="over the limit"):
+        list(agent.feed(struct.pack(">II", header, body)))
+
+
+def test_the_longest_message_there_may_be_arrives():
+    driver, agent = both_ends()
+    message = Message("result", {"a": "x" * (2**20 - 100)}, bytes(MAX_BODY_BYTES))
+    assert list(agent.feed(driver.encode(message))) == [message]
+
+
+def test_the_longest_log_tail_fits_in_a_message_whatever_its_letters():
+    for letter in ("x", "━", "𝕏", "\x1b"):
+        Codec().encode(Message("failed", {"cause": letter * 20_000, "log_tail": [letter * 2000] * 50}))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"3",
+        b'"kind"',
+        b"{}",
+        b'{"kind": 3}',
+        b'{"kind": null}',
+        b"{" * 100_000,
+        b"[" * 100_000,
+        pickle.dumps({"kind": "hello"}),
+    ],
+)
+def test_a_header_that_is_no_message_is_a_protocol_error(header):
+    with pytest.raises(ProtocolError):
+        list(Codec().feed(struct.pack(">II", len(header), 0) + header))
+
+
+def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
+    code = "import sys; import allreduce_spark.rendezvous.protocol; print(json.dumps(sorted(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, check=True, timeout=60)
+    assert not {"pickle", "_pickle", "cloudpickle", "marshal_", "shelve"} & set(json.loads(answer.stdout))
+
+
+def test_only_phases_with_batches_have_a_step():
+    assert [phase.value for phase in Phase if phase.has_step] == ["first step", "train", "validate"]
+
+
+# The handshake
+
+
+def shake_hands(driver_key: bytes, agent_key: bytes, *, driver_nonce: bytes = b"d" * NONCE_BYTES):
+    """The agent's codec and expected proof, and the driver's codec and proof."""
+    answer, expected, agent = answer_challenge(agent_key, challenge(driver_nonce), b"a" * NONCE_BYTES)
+    proof, driver = check_answer(driver_key, driver_nonce, answer)
+    return agent, expected, driver, proof
+
+
+def test_two_ends_with_one_key_prove_it_and_understand_each_other():
+    agent, expected, driver, proof = shake_hands(KEY, KEY)
+    assert proof == expected
+    assert [message.kind for message in driver.feed(agent.encode(Message("hello")))] == ["hello"]
+    assert [message.kind for message in agent.feed(driver.encode(Message("member")))] == ["member"]
+
+
+def test_an_agent_without_the_key_is_refused():
+    with pytest.raises(AuthenticationError):
+        shake_hands(KEY, b"another key")
+
+
+def test_a_driver_without_the_key_cannot_make_the_proof():
+    # It lets everybody in, but what it can send is not what the agent expects.
+    _, expected, _ = answer_challenge(KEY, challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
+    answer, _, _ = answer_challenge(b"another key", challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
+    proof, _ = check_answer(b"another key", b"d" * NONCE_BYTES, answer)
+    assert proof != expected
+
+
+def test_an_answer_overheard_once_does_not_open_a_second_connection():
+    answer, _, _ = answer_challenge(KEY, challenge(b"1" * NONCE_BYTES), b"a" * NONCE_BYTES)
+    with pytest.raises(AuthenticationError):
+        check_answer(KEY, b"2" * NONCE_BYTES, answer)
+
+
+def test_the_drivers_own_proof_sent_back_to_it_is_no_answer():
+    # A reflection: the stranger lets the driver prove itself, and claims to be an agent with that proof.
+    nonce = b"d" * NONCE_BYTES
+    answer, _, _ = answer_challenge(KEY, challenge(nonce), nonce)
+    proof, _ = check_answer(KEY, nonce, answer)
+    with pytest.raises(AuthenticationError):
+        check_answer(KEY, nonce, protocol.MAGIC + nonce + proof)
+
+
+@given(garbage=st.binary(max_size=200))
+def test_garbage_is_neither_an_answer_nor_a_challenge(garbage):
+    with pytest.raises(AuthenticationError):
+        check_answer(KEY, b"d" * NONCE_BYTES, garbage)
+    with pytest.raises(ProtocolError):
+        answer_challenge(KEY, garbage, b"a" * NONCE_BYTES)
+
+
+@pytest.mark.parametrize("missing", [1, protocol.PROOF_BYTES, protocol.ANSWER_BYTES])
+def test_a_truncated_answer_is_refused(missing):
+    answer, _, _ = answer_challenge(KEY, challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
+    with pytest.raises(AuthenticationError):
+        check_answer(KEY, b"d" * NONCE_BYTES, answer[:-missing])
+
+
+def test_a_challenge_of_another_version_is_refused():
+    received = challenge(b"d" * NONCE_BYTES).replace(b"/1", b"/2")
+    with pytest.raises(ProtocolError, match="another version"):
+        answer_challenge(KEY, received, b"a" * NONCE_BYTES)

@@ -1,0 +1,153 @@
+"""A model arrives on another machine as it was: code, weights, compile settings, optimizer state; and comes back trained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import cloudpickle
+import keras
+import numpy as np
+import pytest
+
+from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.job import Job, make_job
+from allreduce_spark.training.model_bytes import (
+    custom_objects_of,
+    load_model,
+    load_state,
+    model_to_bytes,
+    read_about,
+    save_state,
+)
+
+
+class Doubling(keras.layers.Layer):
+    """A layer that is registered nowhere."""
+
+    def call(self, x):
+        return 2 * x
+
+
+def own_loss(y_true, y_pred):
+    return keras.ops.mean(keras.ops.abs(y_true - y_pred), axis=-1)
+
+
+def own_metric(y_true, y_pred):
+    return keras.ops.max(y_pred, axis=-1)
+
+
+def own_start(shape, dtype=None):
+    return keras.ops.ones(shape, dtype)
+
+
+class OwnDecay(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.1
+
+    def get_config(self):
+        return {}
+
+
+def custom_model():
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            keras.layers.Dense(4, kernel_initializer=own_start),
+            Doubling(),
+            keras.layers.Lambda(lambda x: x + 1),
+            keras.layers.Dense(1),
+        ]
+    )
+    model.compile(keras.optimizers.SGD(OwnDecay()), own_loss, metrics=[own_metric, "mae"])
+    return model
+
+
+CHILD = """
+import sys, pathlib, cloudpickle, numpy, keras
+from allreduce_spark.training.job import Job
+from allreduce_spark.training.model_bytes import load_model
+job = Job.read(pathlib.Path(sys.argv[1]))
+objects, callbacks = cloudpickle.loads(job.objects)
+model = load_model(job.model_path, objects)
+prediction = model.predict(numpy.ones((1, 3)), verbose=0).tolist()
+print(model.compiled, prediction, job.config == %r, [type(c).__name__ for c in callbacks])
+print(model.train_on_batch(numpy.ones((2, 3)), numpy.ones((2, 1)))[0] > 0)
+"""
+
+
+def test_code_that_is_registered_nowhere_travels_with_the_model(tmp_path):
+    model = custom_model()
+    assert {"Doubling", "own_loss", "own_metric", "own_start", "OwnDecay"} <= set(custom_objects_of(model))
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as if it were the user's __main__
+    try:
+        job = make_job(
+            model, {}, [keras.callbacks.TerminateOnNaN()], FitConfig(epochs=3, class_weight={1: 2.0}), Timeouts()
+        )
+    finally:
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    for name, content in job.files().items():
+        (tmp_path / name).write_bytes(content)
+    assert Job.read(tmp_path).config == job.config
+    code = "from allreduce_spark.config import FitConfig\n" + CHILD.replace("%r", repr(job.config))
+    child = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    expected = model.predict(np.ones((1, 3)), verbose=0).tolist()
+    assert child.stdout.splitlines() == [f"True {expected} True ['TerminateOnNaN']", "True"], child.stderr
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.Adam(gradient_accumulation_steps=2, use_ema=True),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(momentum=0.9)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_all_state_comes_back_to_the_bit(tmp_path, optimizer, dtype):
+    def build():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dropout(0.1), keras.layers.Dense(2, dtype=dtype)])
+        model.compile(optimizer(), "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    trained, fresh = build(), build()
+    trained.fit(np.random.rand(16, 2), np.random.rand(16, 2), verbose=0)
+    save_state(trained, tmp_path / "state", {"history": {"loss": [1.5, float("nan")]}})
+    load_state(fresh, tmp_path / "state")
+    assert str(read_about(tmp_path / "state")) == "{'history': {'loss': [1.5, nan]}}"
+    pairs = [*zip(trained.variables, fresh.variables, strict=True)]
+    pairs += zip(trained.optimizer.variables, fresh.optimizer.variables, strict=True)
+    assert len(pairs) > 5
+    for ours, theirs in pairs:
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes(), ours.path
+
+
+def test_state_of_another_model_is_refused(tmp_path):
+    def build(width):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(width)])
+        model.compile("sgd", "mse")
+        return model
+
+    save_state(build(3), tmp_path / "state", {})
+    with pytest.raises(ConfigError, match=r"has shape \(2, 4\), but was trained as \(2, 3\)"):
+        load_state(build(4), tmp_path / "state")
+
+
+def test_a_model_that_keras_cannot_save_is_refused_with_keras_own_reason():
+    class NoConfig(keras.layers.Layer):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+    model = keras.Sequential([keras.Input((2,)), NoConfig(open(__file__))])  # noqa: SIM115
+    model.compile("sgd", "mse")
+    with pytest.raises(ConfigError, match="cannot be sent to the ranks"):
+        model_to_bytes(model)
+
+
+def test_a_truncated_archive_is_a_clear_error(tmp_path):
+    path = tmp_path / "model.keras"
+    path.write_bytes(model_to_bytes(custom_model())[:500])
+    with pytest.raises(ConfigError, match="cannot be loaded on the executors"):
+        load_model(path, {})
