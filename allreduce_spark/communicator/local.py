@@ -127,7 +127,7 @@ class LocalGroup:
                 self._break(
                     CollectiveTimeoutError,
                     f"rank {rank} waited {timeout_s:g} s for {missing} in {call}. "
-                    "If the ranks are only slow, raise collective_timeout_s.",
+                    "If the ranks are only slow, raise Timeouts.collective_s.",
                 )
             else:
                 self._changed.wait(left_s)

@@ -78,7 +78,7 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
 
     Args:
         world: Who this process is to be.
-        timeout_s: Seconds that a collective waits for the other ranks; `collective_timeout_s` of the settings.
+        timeout_s: Seconds that a collective waits for the other ranks; `Timeouts.collective_s` of the settings.
 
     Raises:
         ConfigError: MPI came up with another rank or size, or without support for threads.
@@ -280,7 +280,7 @@ class MPICommunicator:
         waited_for = f"{name_ranks(silent)}, of which one at least did not come" if silent else "the data of the others"
         raise CollectiveTimeoutError(
             f"rank {self.rank} waited {waited_s:.1f} s in {call} for {waited_for}. "
-            f"If the ranks are only slow, raise collective_timeout_s (now {limit_s:g})."
+            f"If the ranks are only slow, raise Timeouts.collective_s (now {limit_s:g})."
         )
 
     def _tell_others(self, note: str) -> None:
