@@ -27,7 +27,7 @@ def rows_to_blocks(
     `ShardWriter` brings them together).
 
     Args:
-        rows: Tuples or lists (x, y) or (x, y, sample_weight). Read once, one by one.
+        rows: Tuples or lists (x, y) or (x, y, sample_weight); (x,) where there are no labels. Read once, one by one.
         partition: Index of the partition among all partitions of this role.
         role: "train" or "validation".
         num_shards: How many shards there are, one per rank.
@@ -57,14 +57,10 @@ def spec_of_row(row: Any) -> RowSpec:
     """What a row looks like. Python's int is int64, float is float64, bool is bool.
 
     Raises:
-        DataError: It is no tuple of two or three, or something in it cannot be trained on.
+        DataError: It is no tuple of one to three, or something in it cannot be trained on.
     """
-    x, y, *weight = _parts(row)
-    return RowSpec(
-        describe(x, "x", _leaf_of_value),
-        describe(y, "y", _leaf_of_value),
-        describe(weight[0], "sample_weight", _leaf_of_value) if weight else None,
-    )
+    named = zip(("x", "y", "sample_weight"), _parts(row), strict=False)
+    return RowSpec(*(describe(part, name, _leaf_of_value) for name, part in named))
 
 
 def _leaf_of_value(value: Any, name: str) -> LeafSpec:
@@ -75,7 +71,7 @@ def _leaf_of_value(value: Any, name: str) -> LeafSpec:
 
 
 def _parts(row: Any) -> Any:
-    if not isinstance(row, (tuple, list)) or len(row) not in (2, 3):
+    if not isinstance(row, (tuple, list)) or len(row) not in (1, 2, 3):
         length = f" of length {len(row)}" if isinstance(row, (tuple, list)) else ""
         raise DataError(f"the row is a {type(row).__name__}{length}; expected a tuple (x, y) or (x, y, sample_weight)")
     return row
@@ -108,11 +104,12 @@ class RowBuffer:
             DataError: It differs from the first row, or cannot be trained on.
         """
         parts = _parts(row)
-        if (len(parts) == 3) != (self._spec.sample_weight is not None):
-            first = 2 if self._spec.sample_weight is None else 3
-            raise DataError(f"the row has {len(parts)} parts, but the first row has {first}: (x, y[, sample_weight])")
-        structures = (self._spec.x, self._spec.y, self._spec.sample_weight)
-        values = (value for spec, part in zip(structures, parts, strict=False) if spec for value in flatten(spec, part))
+        structures = [part for part in (self._spec.x, self._spec.y, self._spec.sample_weight) if part is not None]
+        if len(parts) != len(structures):
+            raise DataError(
+                f"the row has {len(parts)} parts, but the first row has {len(structures)}: (x, y[, sample_weight])"
+            )
+        values = (value for spec, part in zip(structures, parts, strict=True) for value in flatten(spec, part))
         for column, value in zip(self._columns, values, strict=True):
             column.put(self._rows, value)
         self._rows += 1

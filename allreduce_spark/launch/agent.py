@@ -125,11 +125,14 @@ def _cause(error: Exception) -> str:
 
 def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProcess:
     threads = thread_share(task.task_cpus, task.local_size)
+    # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
+    temporary = folder / "tmp"
+    temporary.mkdir()
     environment = rank_environment(
         os.environ,
         threads=threads,
         gpus=task.gpus,
-        extra=mpi_environment(interface_of(local_address)),
+        extra={"TMPDIR": str(temporary), **mpi_environment(interface_of(local_address))},
     )
     return RankProcess(task.rank, task.num_ranks, folder=folder, threads=threads, environment=environment)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.protocol import Phase
@@ -30,8 +29,8 @@ class Join:
     host_key: str
     rows: int
     validation_rows: int = 0
-    spec: dict[str, Any] | None = None
-    validation_spec: dict[str, Any] | None = None
+    spec: str | None = None
+    validation_spec: str | None = None
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Rendezvous:
         self._connected = 0
         self._started_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name="allreduce-spark-rendezvous", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="allreduce-spark-rendezvous", daemon=True)
         self.address: tuple[str, int] | None = None
         self.result: dict[str, Any] | None = None
 
@@ -153,7 +153,7 @@ class Rendezvous:
         """Wait for the agents to leave, `teardown_s` at most, then stop listening."""
         if self._loop.is_closed():
             return
-        if not self._thread.is_alive():  # never started, or the loop was broken off
+        if not self._thread.is_alive():  # never started
             self._loop.close()
             return
         if not self.wait_for_departure(self._timeouts.teardown_s):
@@ -164,15 +164,6 @@ class Rendezvous:
         self._loop.close()
 
     # Everything below runs in the rendezvous thread.
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_forever()
-        except BaseException as error:  # A callback may still raise SystemExit, which no handler of the loop catches.
-            self._failures = add_failure(self._failures, _failure_on_driver(error))
-            self._finished.set()
-            self._deserted.set()
-            raise
 
     async def _listen(self, host: str) -> tuple[str, int]:
         self._server = await asyncio.start_server(self._serve, host, 0, backlog=self._num_ranks + 16)
@@ -347,7 +338,7 @@ class Rendezvous:
             return None
         try:
             return callback(argument)
-        except Exception as error:  # noqa: BLE001  whatever it is: the fit would hang if nobody heard of it
+        except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is: the fit would hang if nobody heard of it
             self._fail(_failure_on_driver(error))
             return None
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyspark import RDD
+from pyspark.errors import PySparkException
 
-from allreduce_spark.errors import AllReduceSparkError, DataError
+from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDependencyError
+from allreduce_spark.spark.stage import missing_module
 
 if TYPE_CHECKING:
     from allreduce_spark.training.inference import InferenceTask, PartitionMetrics
@@ -40,7 +42,7 @@ def _evaluate(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
 
 
 def _only_known_errors(function: Any, task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
-    """Errors that trying again cannot mend travel as values: Spark would run the task four times and wrap the message."""
+    """Errors that trying again cannot mend travel as values: Spark would run the task again and wrap the message."""
     try:
         result = function(task, blocks)
     except AllReduceSparkError as error:
@@ -51,7 +53,13 @@ def _only_known_errors(function: Any, task: InferenceTask, blocks: Iterable[byte
 
 
 def _collect(results: RDD[Any]) -> list[Any]:
-    collected = results.collect()
+    try:
+        collected = results.collect()
+    except PySparkException as error:
+        missing = missing_module(error)
+        if missing is None:
+            raise  # an error in the user's own map functions, or in Spark
+        raise MissingDependencyError(missing) from error
     for result in collected:
         if isinstance(result, AllReduceSparkError):
             raise result

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyspark import RDD, SparkContext
+from pyspark import RDD
 from pyspark.sql import DataFrame
 
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
@@ -22,7 +22,14 @@ from allreduce_spark.spark.approval import approve
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display
 from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
-from allreduce_spark.spark.stage import StageTask, check_cluster, count_slots, driver_addresses, run_stage
+from allreduce_spark.spark.stage import (
+    StageTask,
+    active_context,
+    check_cluster,
+    count_slots,
+    driver_addresses,
+    run_stage,
+)
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
 from allreduce_spark.training.job import make_job, pickle_objects
@@ -137,7 +144,7 @@ class SparkModel:
         if validation_split and validation_data is not None:
             raise ConfigError("validation_split and validation_data are both given; choose one")
         level = _verbosity(verbose)
-        context = _spark_context()
+        context = active_context()
         num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
         shards = shards_of(context, data, validation_data, columns, num_ranks)
 
@@ -187,7 +194,7 @@ class SparkModel:
         Returns:
             Name -> value, "loss" first.
         """
-        context = _spark_context()
+        context = active_context()
         columns = _columns(features_col, label_col, weight_col)
         blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
         return result_of(self.model, evaluate_blocks(self._inference_task(batch_size), blocks))
@@ -204,7 +211,7 @@ class SparkModel:
         Returns:
             An array of shape (rows, ...), or arrays in the structure of the model's outputs.
         """
-        context = _spark_context()
+        context = active_context()
         columns = _columns(features_col, (), None)
         blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
         return concatenate(predict_blocks(self._inference_task(batch_size), blocks))
@@ -218,13 +225,6 @@ class SparkModel:
             )
         objects = pickle_objects({**custom_objects_of(self.model), **self._custom_objects})
         return InferenceTask(model_to_bytes(self.model), objects, batch_size)
-
-
-def _spark_context() -> SparkContext:
-    context = SparkContext._active_spark_context
-    if context is None:
-        raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
-    return context
 
 
 def _verbosity(verbose: int | str) -> int:

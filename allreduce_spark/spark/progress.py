@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 import threading
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
+from allreduce_spark.rendezvous.protocol import Phase
+
 __all__ = ["Display"]
 
-log = logging.getLogger(__name__)
+WAITING_FOR = {
+    Phase.START: "waiting for Spark to start their tasks",
+    Phase.SPOOL: "writing the rows to local disks",
+    Phase.JOIN: "waiting for the rows of all ranks",
+    Phase.IMPORT: "importing TensorFlow, loading the model",
+    Phase.INIT: "connecting to each other",
+    Phase.FIRST_STEP: "compiling the first step",
+}
 
 
 class Display:
@@ -32,7 +41,8 @@ class Display:
         self._bar: tqdm | None = None
         self._epoch: int | None = None
         self._epoch_started_at = time.monotonic()
-        self._phase = ""
+        self._phase: Phase | None = None
+        self._ticked_at = 0.0
 
     def report(self, fields: dict[str, Any]) -> None:
         with self._lock:
@@ -54,16 +64,21 @@ class Display:
                 self.show_phase(fields["phase"])
             else:
                 self._show_step(**fields)
+        if self._bar is not None and self._epoch is None and time.monotonic() - self._ticked_at > 1:
+            self._ticked_at = time.monotonic()
+            self._bar.refresh()  # the clock beside the phase goes on
 
     def show_phase(self, phase: str) -> None:
         """What everybody waits for before the first step."""
-        if phase == self._phase or phase in ("train", "validate", "result", "teardown"):
+        if self._epoch is not None or Phase(phase) is self._phase or Phase(phase) not in WAITING_FOR:
             return
-        self._phase = phase
-        if self._verbose == 1 and self._epoch is None:
+        self._phase = Phase(phase)
+        self._epoch_started_at = time.monotonic()
+        if self._verbose == 1:
+            text = f"{self._num_ranks} ranks: {WAITING_FOR[self._phase]} ({phase})"
             if self._bar is None:
-                self._bar = tqdm(bar_format="{desc} [{elapsed}]", leave=False)
-            self._bar.set_description_str(f"{self._num_ranks} ranks: {phase}")
+                self._bar = tqdm(desc=text, bar_format="{desc} [{elapsed}]" + _erasing(sys.stderr), leave=False)
+            self._bar.set_description_str(text)
 
     def _show_step(
         self, epoch: int, steps_done: int, steps: int, rows: int, logs: dict[str, float], epoch_done: bool
@@ -78,12 +93,14 @@ class Display:
             if epoch_done:
                 self._bar.refresh()
         elif self._verbose == 2 and epoch_done:
-            print(f"Epoch {epoch + 1}/{self._epochs} - {steps} steps - {elapsed:.1f}s - {text}", flush=True)
+            line = f"Epoch {epoch + 1}/{self._epochs} - {steps} steps - {elapsed:.1f}s - {text}"
+            tqdm.write(line + _erasing(sys.stdout))
+            sys.stdout.flush()
+        if epoch_done:
+            self._epoch_started_at = time.monotonic()
 
     def _begin_epoch(self, epoch: int, steps: int) -> None:
         self._close_bar()
-        if self._epoch is not None:
-            self._epoch_started_at = time.monotonic()
         self._epoch = epoch
         if self._verbose == 1:
             self._bar = tqdm(total=steps, desc=f"Epoch {epoch + 1}/{self._epochs}", unit="step")
@@ -96,3 +113,8 @@ class Display:
     def close(self) -> None:
         self.draw()
         self._close_bar()
+
+
+def _erasing(stream: TextIO) -> str:
+    """What erases the rest of a line on a terminal: Spark draws a bar of its own there, and ours may be shorter."""
+    return "\x1b[K" if stream.isatty() else ""

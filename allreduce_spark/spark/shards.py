@@ -65,8 +65,9 @@ def shards_of(context: SparkContext, data: Any, validation: Any, columns: Column
             pairs["validation"] = _pairs(validation, "validation", columns, num_ranks)
         except DataError as error:
             raise DataError(f"validation_data: {error}") from error
-    if all(isinstance(part, list) for part in pairs.values()):
-        per_rank = _by_shard([pair for part in pairs.values() for pair in part], num_ranks)
+    on_driver = [part for part in pairs.values() if isinstance(part, list)]
+    if len(on_driver) == len(pairs):
+        per_rank = _by_shard([pair for part in on_driver for pair in part], num_ranks)
         if max(sum(map(len, blocks)) for blocks in per_rank) <= DIRECT_BYTES_PER_RANK:
             return _one_slice_per_rank(context, per_rank)
     rdds = [
@@ -182,7 +183,7 @@ def _by_shard(pairs: Sequence[tuple[int, bytes]], num_ranks: int) -> list[list[b
 
 
 def _one_slice_per_rank(context: SparkContext, shards: list[list[bytes]]) -> RDD[bytes]:
-    """Without a shuffle: Spark cuts a list into equal slices, so equally many (some empty) blocks per rank give one slice each."""
+    """Without a shuffle: Spark cuts a list into equal slices, so equally many blocks per rank, some empty, are one slice."""
     columns = list(zip_longest(*shards, fillvalue=b"")) or [(b"",) * len(shards)]
     blocks = [block for shard in zip(*columns, strict=True) for block in shard]
     return context.parallelize(blocks, len(shards)).filter(bool)

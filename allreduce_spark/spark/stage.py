@@ -28,7 +28,15 @@ from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.server import Rendezvous
 
-__all__ = ["StageTask", "check_cluster", "count_slots", "driver_addresses", "run_stage"]
+__all__ = [
+    "StageTask",
+    "active_context",
+    "check_cluster",
+    "count_slots",
+    "driver_addresses",
+    "missing_module",
+    "run_stage",
+]
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +53,19 @@ class StageTask:
     key: bytes = field(repr=False)
     timeouts: Timeouts
     files: dict[str, bytes] = field(repr=False)
+
+
+def active_context() -> SparkContext:
+    """The Spark context of this process, ready for the library's jobs.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    context = SparkContext._active_spark_context
+    if context is None:
+        raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
+    _use_this_python(context)
+    return context
 
 
 def count_slots(context: SparkContext) -> int:
@@ -69,7 +90,6 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
     Raises:
         ConfigError: There are too few slots, or dynamic allocation is on.
     """
-    _use_this_python(context)
     settings = context.getConf()
     if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
         raise ConfigError(
@@ -98,7 +118,7 @@ def _use_this_python(context: SparkContext) -> None:
 
 
 def _is_local(context: SparkContext) -> bool:
-    return context.master.split("[")[0] == "local"
+    return str(context.master).split("[")[0] == "local"
 
 
 def driver_addresses(context: SparkContext) -> tuple[str, str]:
@@ -106,7 +126,7 @@ def driver_addresses(context: SparkContext) -> tuple[str, str]:
     if _is_local(context):
         return "127.0.0.1", "127.0.0.1"
     settings = context.getConf()
-    reachable = settings.get("spark.driver.host")
+    reachable = str(settings.get("spark.driver.host"))  # Spark sets it where the user does not
     return settings.get("spark.driver.bindAddress") or reachable, reachable
 
 
@@ -194,7 +214,7 @@ class _Job:
         self._context.addJobTag(self._tag)
         try:
             self._stage.collect()
-        except Exception as error:  # whatever Spark raises; `_failure_of_job` reads it
+        except Exception as error:  # noqa: BLE001 - whatever Spark raises; `_failure_of_job` reads it
             self.error = error
 
     @property
@@ -216,16 +236,25 @@ def _failure_of_job(error: Exception | None) -> Failure:
     if error is None:
         return Failure("StageEnded", "the barrier stage ended, but not all ranks have reported that they are done")
     text = _without_java_frames(str(error))
-    if "cancelled" in text.lower():
-        return Failure("CancelledError", f"the Spark job was cancelled: {text.splitlines()[0]}")
-    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", text)
-    if missing:
-        return Failure(
-            "MissingDependencyError",
-            f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
-            "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark is installed.",
-        )
+    cancelled = re.search(r"Job \d+ cancelled.*", text)
+    if cancelled:
+        return Failure("CancelledError", f"the Spark job of the fit was cancelled: {cancelled[0]}")
+    missing = missing_module(error)
+    if missing is not None:
+        return Failure("MissingDependencyError", missing)
     return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value)
+
+
+def missing_module(error: Exception) -> str | None:
+    """What to tell the user where the executors lack a module; None where this is not what is wrong."""
+    missing = re.search(r"ModuleNotFoundError: No module named '([\w.]+)'", str(error))
+    if missing is None:
+        return None
+    return (
+        f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
+        "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and TensorFlow are "
+        "installed. Modules of your own travel with --py-files, or SparkContext.addPyFile."
+    )
 
 
 def _without_java_frames(text: str) -> str:

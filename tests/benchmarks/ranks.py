@@ -1,9 +1,7 @@
 """Starts the processes of a benchmark: N ranks of one script on this machine, with no mpirun and no Spark.
 
-    python ranks' script ARGUMENTS    with PMI_RANK and PMI_SIZE in the environment: a rank
-    python ranks' script              without them: the benchmark itself
-
-Each rank prints its result as JSON, in the last line of its output. `print_table` shows what came of it all.
+The ranks run the very script that starts them; `is_a_rank` tells the two apart. Each prints its result as JSON, in the
+last line of its output.
 """
 
 from __future__ import annotations
@@ -16,10 +14,11 @@ import selectors
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
@@ -27,37 +26,50 @@ from allreduce_spark.launch.environment import rank_environment, thread_share
 from allreduce_spark.rendezvous import pmi
 from allreduce_spark.world import worlds_of
 
-__all__ = ["is_a_rank", "join_group", "print_table", "run_ranks"]
+__all__ = ["is_a_rank", "join_group", "run_ranks"]
 
 COLLECTIVE_S = 120.0  # a rank whose partner is gone ends by itself after this time
 
 
 def run_ranks(script: str, num_ranks: int, arguments: Sequence[str] = ()) -> list[Any]:
-    """Run `script` in `num_ranks` processes at once, with the environment and the threads that an agent would give them.
+    """Run `script` in `num_ranks` processes at once, in the environment that an agent would give them.
 
     Returns:
         What each printed in its last line, in rank order.
 
     Raises:
-        RuntimeError: A rank ended without a result; its output has gone to stderr.
+        RuntimeError: A rank failed; the message ends in its output.
     """
     keys = pmi.KeySpace(f"benchmark-{secrets.token_hex(8)}", num_ranks, pmi.process_mapping([0] * num_ranks))
     with contextlib.ExitStack() as stack:
-        ranks = [stack.enter_context(_rank(script, rank, num_ranks, arguments)) for rank in range(num_ranks)]
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(num_ranks)]
+        ranks = [
+            stack.enter_context(_rank([sys.executable, script, *arguments], rank, num_ranks, file))
+            for rank, file in enumerate(files)
+        ]
         ends = [end for _, end in ranks]
         threading.Thread(target=_answer, args=(keys, ends), daemon=True).start()
-        outputs = [process.communicate()[0] for process, _ in ranks]
-        codes = [process.returncode for process, _ in ranks]
+        codes = [process.wait() for process, _ in ranks]
+        outputs = [_read(output) for output in files]
     if any(codes):
-        raise RuntimeError(f"the ranks of {Path(script).name} ended with the exit codes {codes}")
+        texts = "".join(f"\nRank {rank}:\n{output}" for rank, output in enumerate(outputs))
+        raise RuntimeError(f"the ranks of {Path(script).name} ended with the exit codes {codes}{texts}")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 @contextlib.contextmanager
 def _rank(
-    script: str, rank: int, num_ranks: int, arguments: Sequence[str]
-) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
-    """One rank, and our end of its PMI connection; it is killed, and its shared memory removed, at the end."""
+    command: Sequence[str], rank: int, num_ranks: int, output: IO[bytes]
+) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
+    """One rank, and our end of its PMI connection; it is killed, and its shared memory removed, at the end.
+
+    What it prints goes to a file: nobody reads pipes while all are waited for, and a full one would stop it.
+    """
     ours, theirs = socket.socketpair()
     threads = thread_share(1, num_ranks)
     extra = {**mpi_environment("lo"), **pmi.environment(rank, num_ranks, theirs.fileno())}
@@ -65,12 +77,12 @@ def _rank(
     with (
         ours,
         subprocess.Popen(
-            [sys.executable, script, *arguments],
+            command,
             env=environment,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         ) as process,
     ):
         theirs.close()  # so that ours reads the end of the stream when the rank is gone
@@ -108,15 +120,7 @@ def is_a_rank() -> bool:
 
 def join_group() -> Communicator:
     """The communicator of this rank, opened as `training.rank` opens it."""
-    from allreduce_spark.communicator.mpi import open_mpi
+    from allreduce_spark.communicator.mpi import open_mpi  # not above: the script itself is to have no MPI
 
     rank, size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
     return open_mpi(worlds_of(["here"] * size)[rank], COLLECTIVE_S)
-
-
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the rows below the head: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, ["-" * width for width in widths], *rows):
-        name, *values = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join((row[0].ljust(widths[0]), *values)).rstrip(), flush=True)

@@ -257,7 +257,7 @@ FIRST = (np.zeros((2, 3), np.float32), 0)
         ([("a", 0), (1.0, 0)], r"row 1, x is float64, but string"),
         ([(1.0, 0), (1.0, 0, 2.0)], r"row 1, the row has 3 parts, but the first row has 2"),
         ([(1.0, 0, 2.0), (1.0, 0)], r"row 1, the row has 2 parts, but the first row has 3"),
-        ([(1.0,)], r"row 0, the row is a tuple of length 1; expected a tuple \(x, y\)"),
+        ([()], r"row 0, the row is a tuple of length 0; expected a tuple \(x, y\)"),
         ([1.0], r"row 0, the row is a float; expected"),
         ([(np.int32(1), 0), (0.5, 0)], r"row 1, x is float64, but int32 in the rows before it"),
         ([(True, 0), (2, 0)], r"row 1, x is int64, but bool"),

@@ -45,7 +45,9 @@ def test_every_rank_learns_its_place_and_the_rows_of_all():
         (1, 1, 0, 1),
         (2, 0, 1, 2),
     ]
-    assert {(m.generation, m.key_space, m.rows, m.validation_rows) for m in group} == {(3, "name", (5, 6, 7), (1, 0, 0))}
+    assert {(m.generation, m.key_space, m.rows, m.validation_rows) for m in group} == {
+        (3, "name", (5, 6, 7), (1, 0, 0))
+    }
 
 
 def test_ranks_share_a_node_by_shared_memory_and_not_by_the_name_of_the_host():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import struct
@@ -61,11 +62,7 @@ def test_every_message_arrives_as_it_was_however_the_stream_is_cut(messages, cut
     driver, agent = both_ends()
     stream = b"".join(driver.encode(message) for message in messages)
     places = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
-    received = [
-        message
-        for start, end in zip(places, places[1:], strict=False)
-        for message in agent.feed(stream[start:end])
-    ]
+    received = [message for start, end in itertools.pairwise(places) for message in agent.feed(stream[start:end])]
     assert received == messages
 
 
@@ -129,7 +126,9 @@ def test_a_frame_of_another_connection_is_refused():
         list(agent.feed(other.encode(Message("abort"))))
 
 
-@pytest.mark.parametrize("message", [Message("result", {}, b"x" * (MAX_BODY_BYTES + 1)), Message("log", {"a": "x" * 2**20})])
+@pytest.mark.parametrize(
+    "message", [Message("result", {}, b"x" * (MAX_BODY_BYTES + 1)), Message("log", {"a": "x" * 2**20})]
+)
 def test_a_message_over_the_limits_is_refused_before_it_is_sent(message):
     with pytest.raises(ProtocolError, match="over the limit"):
         Codec().encode(message)
@@ -149,7 +148,7 @@ def test_the_longest_message_there_may_be_arrives():
 
 
 def test_the_longest_log_tail_fits_in_a_message_whatever_its_letters():
-    for letter in ("x", "━", "𝕏", "\x1b"):
+    for letter in ("x", "━", "\U0001d54f", "\x1b"):
         Codec().encode(Message("failed", {"cause": letter * 20_000, "log_tail": [letter * 2000] * 50}))
 
 
@@ -177,7 +176,7 @@ def test_a_header_that_is_no_message_is_a_protocol_error(header):
 def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
     code = "import sys; import allreduce_spark.rendezvous.protocol; print(json.dumps(sorted(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, check=True, timeout=60)
-    assert not {"pickle", "_pickle", "cloudpickle", "marshal_", "shelve"} & set(json.loads(answer.stdout))
+    assert not {"pickle", "_pickle", "cloudpickle", "shelve"} & set(json.loads(answer.stdout))
 
 
 def test_only_phases_with_batches_have_a_step():

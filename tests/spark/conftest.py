@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -10,13 +12,24 @@ from pyspark.sql import SparkSession
 
 
 @pytest.fixture(scope="session")
-def spark() -> Iterator[SparkSession]:
-    if shutil.which("java") is None:
+def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A temporary folder for this run alone, in this process and all it starts: what is left in it is ours."""
+    folder = str(tmp_path_factory.mktemp("temporary"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def spark(own_temporary_folder: str) -> Iterator[SparkSession]:
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
     session = (
         SparkSession.builder.master("local[2]")
         .appName("allreduce_spark tests")
         .config("spark.ui.enabled", "false")
+        .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
         .getOrCreate()
     )

@@ -1,0 +1,231 @@
+"""What the ranks of these tests run in place of TensorFlow.
+
+Python imports this file at its start, because it lies on the agent's import path, which its rank inherits. So the rank is the
+real `python -m allreduce_spark.training`, but finds here what it imports next. The file `behaviour` in its folder, which came
+to the agent with the task, names the function to be.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import types
+
+
+def run_rank(channel, folder, threads):
+    from allreduce_spark.rendezvous.status import StatusPage
+
+    status = StatusPage(folder / "status")
+    name, _, argument = (folder / "behaviour").read_text().partition(" ")
+    globals()[name](channel, folder, status, *([argument] if argument else []))
+
+
+def start(channel, status):
+    from allreduce_spark.rendezvous.protocol import Phase
+
+    message = channel.receive(60)
+    status.write(Phase.TRAIN, 2, 7)
+    return message
+
+
+def say(line):
+    sys.stdout.write(line + "\n")
+
+
+def finishes(channel, folder, status):
+    from allreduce_spark.rendezvous.protocol import Phase
+
+    world = start(channel, status).fields["membership"]["world"]
+    if world["rank"] == 0:
+        channel.send("progress", epoch=0, steps_done=1)
+        (folder / "result").write_bytes(b"the result of the root")
+    status.write(Phase.TEARDOWN)
+    channel.send("done", rank=world["rank"])
+
+
+def has_a_large_result(channel, folder, status, megabytes):
+    from allreduce_spark.rendezvous.protocol import Phase
+
+    (folder / "result").write_bytes(bytes(int(megabytes) << 20))
+    start(channel, status)
+    status.write(Phase.TEARDOWN)
+    time.sleep(0.3)  # so that the driver has seen it
+    channel.send("done")
+
+
+def trains(channel, folder, status):
+    start(channel, status)
+    time.sleep(600)
+
+
+def trains_and_ignores_signals(channel, folder, status):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    trains(channel, folder, status)
+
+
+def writes_a_temporary_file(channel, folder, status):
+    """As TensorFlow does; and os._exit leaves it where it is."""
+    import tempfile
+
+    message = start(channel, status)
+    descriptor, path = tempfile.mkstemp(prefix="generated_", suffix=".py")
+    os.write(descriptor, b"def generated(): ...")
+    channel.send("done", path=path, rank=message.fields["membership"]["world"]["rank"])
+
+
+def dies(channel, folder, status):
+    start(channel, status)
+    for number in range(60):
+        say(f"line {number}")
+    sys.stdout.write("last words without an end")
+    sys.stdout.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exits(channel, folder, status, code):
+    start(channel, status)
+    say("about to exit")
+    os._exit(int(code))
+
+
+def exits_before_the_start(channel, folder, status):
+    say("no TensorFlow here")
+    os._exit(9)
+
+
+def raises(channel, folder, status):
+    start(channel, status)
+    say("before the error")
+    raise ValueError("a label of 11, but there are 10 classes ✗")
+
+
+def loses_the_others(channel, folder, status):
+    from allreduce_spark.errors import CollectiveError
+
+    start(channel, status)
+    raise CollectiveError("lost the others")
+
+
+def dies_a_little_later(channel, folder, status):
+    start(channel, status)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cannot_be_imported(channel, folder, status):
+    raise ModuleNotFoundError("No module named 'tensorflow'")
+
+
+def hangs_at_the_end(channel, folder, status):
+    finishes(channel, folder, status)
+    time.sleep(600)
+
+
+def is_killed_at_the_end(channel, folder, status):
+    finishes(channel, folder, status)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def closes_its_output(channel, folder, status):
+    start(channel, status)
+    os.close(1)
+    os.close(2)
+    time.sleep(600)
+
+
+def prints_many_lines(channel, folder, status):
+    start(channel, status)
+    for number in range(200_000):
+        sys.stdout.write(f"line {number}\n")
+    finish(channel, folder)
+
+
+def prints_a_line_without_end(channel, folder, status):
+    start(channel, status)
+    for _ in range(800):
+        sys.stdout.write("━" * (1 << 14))
+    finish(channel, folder)
+
+
+def prints_bytes(channel, folder, status):
+    start(channel, status)
+    os.write(1, b"caf\xe9 \xff\xfe\x00\nnext\r\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prints_before_it_is_started(channel, folder, status):
+    for number in range(20_000):
+        say(f"import warning {number}")
+    finishes(channel, folder, status)
+
+
+def leaves_a_child_behind(channel, folder, status):
+    """The child keeps the rank's output open, and is gone by itself after a while."""
+    start(channel, status)
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os._exit(4)
+
+
+def finish(channel, folder):
+    sys.stdout.flush()
+    (folder / "result").write_bytes(b"printed")
+    channel.send("done")
+
+
+def babbles_into_its_channel(channel, folder, status):
+    start(channel, status)
+    channel._socket.sendall(b"\xff" * 100)
+    time.sleep(600)
+
+
+def speaks_mpi(channel, folder, status, segment):
+    """PMI as MPI_Init speaks it, in small pieces; with shared memory that only a clean end would remove."""
+    start(channel, status)
+    pmi = socket.socket(fileno=int(os.environ["PMI_FD"]))
+    rank = os.environ["PMI_RANK"]
+    lines = pmi.makefile("r", newline="\n")
+
+    def ask(text):
+        for piece in (text[:5], text[5:], "\n"):
+            pmi.sendall(piece.encode())
+            time.sleep(0.02)
+        return lines.readline().strip()
+
+    name = ask("cmd=get_my_kvsname").rpartition("=")[2]
+    assert ask(f"cmd=put kvsname={name} key=address-{rank} value=address of {rank}").startswith("cmd=put_result rc=0")
+    memory = map_file(segment + rank)
+    assert ask("cmd=barrier_in") == "cmd=barrier_out"
+    other = 1 - int(rank)
+    assert ask(f"cmd=get kvsname={name} key=address-{other}").endswith(f"value=address of {other}")
+    say(f"met {memory}")
+    if rank == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def aborts_mpi(channel, folder, status):
+    start(channel, status)
+    say("Fatal error in internal_Init")
+    socket.socket(fileno=int(os.environ["PMI_FD"])).sendall(b"cmd=abort exitcode=15\n")
+    os._exit(15)
+
+
+def map_file(path):
+    import mmap
+
+    with open(path, "w+b") as file:
+        file.write(bytes(4096))
+        file.flush()
+        return mmap.mmap(file.fileno(), 4096)
+
+
+if "allreduce_spark.training" in sys.orig_argv:
+    rank = types.ModuleType("allreduce_spark.training.rank")
+    rank.run_rank = run_rank
+    sys.modules[rank.__name__] = rank

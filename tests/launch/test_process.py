@@ -1,0 +1,167 @@
+"""The rank process, seen from its agent. The real `allreduce_spark.training`, with the light rank of `light/` in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from allreduce_spark.launch.process import RankProcess
+from allreduce_spark.rendezvous.status import StatusPage
+
+LIGHT = Path(__file__).parent / "light"
+MEMBERSHIP = {"membership": {"world": {"rank": 1}}}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a rank of some behaviour."""
+    with contextlib.ExitStack() as ranks:
+
+        def make(behaviour: str) -> RankProcess:
+            (tmp_path / "behaviour").write_text(behaviour)
+            StatusPage(tmp_path / "status")
+            environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
+            rank = RankProcess(1, 2, folder=tmp_path, threads=1, environment=environment)
+            ranks.enter_context(contextlib.closing(rank))
+            return rank
+
+        yield make
+
+
+def wait_for_end(rank: RankProcess) -> None:
+    assert select.select([rank.pidfd], [], [], 60)[0], "the rank does not end"
+
+
+def read_to_the_end(rank: RankProcess) -> list[str]:
+    lines = []
+    deadline = time.monotonic() + 60
+    while not rank.output_ended:
+        assert time.monotonic() < deadline
+        lines += rank.read_output()
+        time.sleep(0.001)
+    return lines
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_a_rank_reports_and_ends(start):
+    rank = start("finishes")
+    rank.channel.send("start", **MEMBERSHIP)
+    message = rank.channel.receive(60)
+    assert (message.kind, message.fields) == ("done", {"rank": 1})
+    wait_for_end(rank)
+    assert rank.has_ended()
+    assert rank.how_it_ended() == "the rank process ended with exit code 0 before its work was done"
+
+
+def test_the_end_of_a_rank_can_be_waited_for_even_after_somebody_asked(start):
+    rank = start("exits_before_the_start")
+    deadline = time.monotonic() + 60
+    while not rank.has_ended():  # this reaps it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert select.select([rank.pidfd], [], [], 0)[0]
+
+
+def test_all_that_a_rank_printed_is_read_and_the_last_fifty_lines_are_kept(start):
+    rank = start("dies")
+    rank.channel.send("start", **MEMBERSHIP)
+    lines = read_to_the_end(rank)
+    assert lines == [*(f"line {number}" for number in range(60)), "last words without an end"]
+    assert list(rank.tail) == lines[-50:]
+    wait_for_end(rank)
+    assert rank.has_ended()
+    assert rank.how_it_ended() == "the rank process was killed by SIGKILL (was the machine out of memory?)"
+
+
+def test_a_line_without_end_is_cut_and_reading_it_needs_little_memory(start):
+    rank = start("prints_a_line_without_end")
+    rank.channel.send("start", **MEMBERSHIP)
+    lines = read_to_the_end(rank)
+    assert max(map(len, lines)) <= 2000
+    assert len(rank._unfinished) <= 2000
+    assert set("".join(lines)) <= {"━", "�"}
+
+
+def test_reading_the_output_never_blocks(start):
+    rank = start("trains")
+    started = time.monotonic()
+    assert rank.read_output() == []
+    assert time.monotonic() - started < 1
+    assert not rank.output_ended
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(-signal.SIGSEGV, "killed by SIGSEGV"), (-40, "killed by signal 40"), (3, "ended with exit code 3")],
+)
+def test_how_a_rank_ended_is_said_for_every_signal(start, code, said):
+    rank = start("trains")
+    rank.kill()
+    rank._process.returncode = code
+    assert said in rank.how_it_ended()
+
+
+def test_a_rank_that_ignores_signals_is_killed_at_once_and_closing_twice_kills_once(start):
+    rank = start("trains_and_ignores_signals")
+    pid = rank._process.pid
+    rank.kill()
+    rank.kill()
+    assert not is_alive(pid)
+
+
+def test_closing_leaves_no_descriptor_open(tmp_path, start):
+    before = len(os.listdir("/proc/self/fd"))
+    (tmp_path / "behaviour").write_text("trains")
+    rank = RankProcess(0, 1, folder=tmp_path, threads=1, environment=dict(os.environ))
+    rank.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_rank_inherits_its_two_sockets_and_nothing_else(start, tmp_path):
+    with open(tmp_path / "open", "w") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        rank = start("trains")
+        rank.channel.send("start", **MEMBERSHIP)
+        opened = [os.readlink(path) for path in Path(f"/proc/{rank._process.pid}/fd").iterdir()]
+    assert str(tmp_path / "open") not in opened
+    assert sum(name.startswith("socket:") for name in opened) == 2
+
+
+def test_a_rank_dies_with_its_parent_however_early_that_dies(tmp_path):
+    """Also in the moment before it has asked the kernel for it."""
+    (tmp_path / "behaviour").write_text("trains_and_ignores_signals")
+    code = (
+        "import os, sys, time; from pathlib import Path\n"
+        "from allreduce_spark.launch.process import RankProcess\n"
+        "rank = RankProcess(0, 1, folder=Path(sys.argv[1]), threads=1, environment=os.environ)\n"
+        "print(rank._process.pid, flush=True); time.sleep(float(sys.argv[2])); os.kill(os.getpid(), 9)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
+    for delay in ("0", "0.05", "0.1", "0.5"):
+        answer = subprocess.run(
+            [sys.executable, "-c", code, tmp_path, delay],
+            stdout=subprocess.PIPE,
+            timeout=60,
+            env=environment,
+            check=False,
+        )
+        pid = int(answer.stdout)
+        deadline = time.monotonic() + 30
+        while is_alive(pid):
+            assert time.monotonic() < deadline, f"the rank is still alive; its parent died after {delay} s"
+            time.sleep(0.01)

@@ -1,0 +1,58 @@
+"""What the barrier stage finds out about Spark, and what it makes of Spark's errors."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from pyspark.sql import SparkSession
+
+from allreduce_spark import Timeouts
+from allreduce_spark.spark import stage
+
+pytestmark = pytest.mark.spark
+
+
+def test_on_one_machine_the_first_call_of_a_session_runs_this_python(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", "python3-of-another-environment")
+    assert stage.active_context() is spark.sparkContext
+    assert spark.sparkContext.pythonExec == sys.executable
+
+
+def test_a_python_that_the_user_chose_is_left_alone(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYSPARK_PYTHON", "/opt/python")
+    monkeypatch.setattr(spark.sparkContext, "pythonExec", "/opt/python")
+    stage.active_context()
+    assert spark.sparkContext.pythonExec == "/opt/python"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "says"),
+    [
+        (
+            "org.apache.spark.SparkException: [SPARK_JOB_CANCELLED] Job 7 cancelled part of cancelled job group nightly",
+            "CancelledError",
+            "Job 7 cancelled part of cancelled job group nightly",
+        ),
+        ("ValueError: the order was cancelled", "SparkJobFailed", "the order was cancelled"),
+        ("ModuleNotFoundError: No module named 'allreduce_spark'", "MissingDependencyError", "PYSPARK_PYTHON"),
+        (
+            "ValueError: no\n\tat org.apache.spark.Task.run(Task.scala:147)\n\t... 3 more",
+            "SparkJobFailed",
+            "ValueError: no",
+        ),
+    ],
+)
+def test_errors_of_the_spark_job_are_told_apart(text: str, kind: str, says: str) -> None:
+    failure = stage._failure_of_job(RuntimeError(text))
+    assert failure.error == kind
+    assert says in failure.cause
+    assert "Task.scala" not in failure.cause
+
+
+def test_all_slots_are_taken_where_num_ranks_is_not_given(spark: SparkSession) -> None:
+    assert stage.count_slots(spark.sparkContext) == 2
+    assert stage.check_cluster(spark.sparkContext, None, Timeouts()) == 2
