@@ -128,6 +128,7 @@ def first_cause(failures: Sequence[Failure]) -> Failure:
 
 
 _SETTING_OF_PHASE = {
+    Phase.SLOTS: "slots_s",
     Phase.START: "start_s",
     Phase.SPOOL: "spool_s",
     Phase.JOIN: "spool_s",

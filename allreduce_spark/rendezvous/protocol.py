@@ -55,8 +55,9 @@ _LENGTHS = struct.Struct(">II")
 
 
 class Phase(str, Enum):
-    """What a rank, or its agent, is doing. The order is the order of a rank's life."""
+    """What a fit waits for: the driver in the first two, then a rank or its agent. The order is that of a rank's life."""
 
+    SLOTS = "slots"
     START = "start"
     SPOOL = "spool"
     JOIN = "join"

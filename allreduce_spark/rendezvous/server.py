@@ -295,7 +295,9 @@ class Rendezvous:
             self._call(self._show_progress, fields)
 
     def _on_result(self, agent: _Agent, message: Message) -> None:
-        if _station(agent).rank == 0:
+        station = _station(agent)
+        if station.rank == 0:
+            self._move(station, Phase.RESULT)  # A heartbeat that says so may have to wait until all pieces are sent.
             self._call(self._keep_result, message.body)
 
     def _on_failed(self, agent: _Agent, message: Message, **fields: Any) -> None:

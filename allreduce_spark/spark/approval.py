@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import keras
+from typing import TYPE_CHECKING
 
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import RowSpec, common_spec
@@ -12,6 +11,9 @@ from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous.group import Join
 from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.checks import check_inputs, check_labels
+
+if TYPE_CHECKING:
+    import keras
 
 __all__ = ["approve"]
 

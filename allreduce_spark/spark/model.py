@@ -7,16 +7,18 @@ import logging
 import random
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyspark import RDD
+from pyspark import RDD, SparkContext
 from pyspark.sql import DataFrame
 
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.approval import approve
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
@@ -32,7 +34,7 @@ from allreduce_spark.spark.stage import (
 )
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
-from allreduce_spark.training.job import make_job, pickle_objects
+from allreduce_spark.training.job import Job, make_job, pickle_objects
 from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
 from allreduce_spark.training.result import take_over
 
@@ -143,35 +145,46 @@ class SparkModel:
         columns = _columns(features_col, label_col, weight_col)
         if validation_split and validation_data is not None:
             raise ConfigError("validation_split and validation_data are both given; choose one")
-        level = _verbosity(verbose)
-        context = active_context()
-        num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
-        shards = shards_of(context, data, validation_data, columns, num_ranks)
+        with contextlib.closing(Display(_verbosity(verbose), epochs, self.num_ranks)) as display:
+            display.show_phase(Phase.SLOTS)
+            context = active_context()
+            num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
+            shards = shards_of(context, data, validation_data, columns, num_ranks)
+            job = make_job(self.model, self._custom_objects, users, config, self.timeouts)
+            approval = partial(
+                approve, model=self.model, config=config, with_validation_data=validation_data is not None
+            )
+            with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+                result = Path(folder) / "result"
+                self._train(context, shards, job, num_ranks, approval, display, result)
+                return take_over(self.model, result)
 
-        job = make_job(self.model, self._custom_objects, users, config, self.timeouts)
-        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-            result = Path(folder) / "result"
-            with contextlib.closing(Display(level, epochs, num_ranks)) as display, result.open("wb") as file:
-                key = secrets.token_bytes(32)
-                rendezvous = Rendezvous(
-                    num_ranks,
-                    key,
-                    self.timeouts,
-                    approve=partial(
-                        approve,
-                        model=self.model,
-                        config=config,
-                        with_validation_data=validation_data is not None,
-                    ),
-                    on_progress=display.report,
-                    on_result=file.write,
-                )
-                listen_host, reachable_host = driver_addresses(context)
-                _, port = rendezvous.start(listen_host)
-                task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
-                display.show_phase("start")
-                run_stage(context, shards, rendezvous, task, display.draw)
-            return take_over(self.model, result)
+    def _train(
+        self,
+        context: SparkContext,
+        shards: RDD[bytes],
+        job: Job,
+        num_ranks: int,
+        approval: Callable[[Sequence[Join]], dict[str, Any]],
+        display: Display,
+        result: Path,
+    ) -> None:
+        """Bring up the rendezvous, run the barrier stage, and leave what the root sends in the file `result`."""
+        key = secrets.token_bytes(32)
+        listen_host, reachable_host = driver_addresses(context)
+        with result.open("wb") as file:
+            rendezvous = Rendezvous(
+                num_ranks,
+                key,
+                self.timeouts,
+                approve=approval,
+                on_progress=display.report,
+                on_result=file.write,
+            )
+            _, port = rendezvous.start(listen_host)
+            task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
+            display.show_phase(Phase.START)
+            run_stage(context, shards, rendezvous, task, display.draw)
 
     def evaluate(
         self,

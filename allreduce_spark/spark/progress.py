@@ -14,6 +14,7 @@ from allreduce_spark.rendezvous.protocol import Phase
 __all__ = ["Display"]
 
 WAITING_FOR = {
+    Phase.SLOTS: "counting slots",
     Phase.START: "waiting for Spark to start their tasks",
     Phase.SPOOL: "writing the rows to local disks",
     Phase.JOIN: "waiting for the rows of all ranks",
@@ -31,10 +32,10 @@ class Display:
     Args:
         verbose: As in Keras: 0 silent, 1 a bar, 2 a line per epoch.
         epochs: Index of the last epoch, plus one.
-        num_ranks: For the text of the bar.
+        num_ranks: For the text of the bar; None where it is not known yet.
     """
 
-    def __init__(self, verbose: int, epochs: int, num_ranks: int) -> None:
+    def __init__(self, verbose: int, epochs: int, num_ranks: int | None) -> None:
         self._verbose, self._epochs, self._num_ranks = verbose, epochs, num_ranks
         self._lock = threading.Lock()
         self._notes: list[dict[str, Any]] = []
@@ -68,14 +69,16 @@ class Display:
             self._ticked_at = time.monotonic()
             self._bar.refresh()  # the clock beside the phase goes on
 
-    def show_phase(self, phase: str) -> None:
+    def show_phase(self, phase: Phase | str) -> None:
         """What everybody waits for before the first step."""
         if self._epoch is not None or Phase(phase) is self._phase or Phase(phase) not in WAITING_FOR:
             return
         self._phase = Phase(phase)
         self._epoch_started_at = time.monotonic()
         if self._verbose == 1:
-            text = f"{self._num_ranks} ranks: {WAITING_FOR[self._phase]} ({phase})"
+            text = f"{WAITING_FOR[self._phase]} ({self._phase.value})"
+            if self._num_ranks is not None:
+                text = f"{self._num_ranks} ranks: {text}"
             if self._bar is None:
                 self._bar = tqdm(desc=text, bar_format="{desc} [{elapsed}]" + _erasing(sys.stderr), leave=False)
             self._bar.set_description_str(text)

@@ -242,7 +242,9 @@ def _failure_of_job(error: Exception | None) -> Failure:
     missing = missing_module(error)
     if missing is not None:
         return Failure("MissingDependencyError", missing)
-    return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value)
+    # Where a worker or an executor died, its agent's connection has told so before, with rank and step.
+    died = re.search("Python worker exited unexpectedly|ExecutorLostFailure", text) is not None
+    return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died)
 
 
 def missing_module(error: Exception) -> str | None:

@@ -7,10 +7,12 @@ last line of its output.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import secrets
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -24,11 +26,12 @@ from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.launch.environment import rank_environment, thread_share
 from allreduce_spark.rendezvous import pmi
+from allreduce_spark.training.__main__ import PR_SET_PDEATHSIG
 from allreduce_spark.world import worlds_of
 
 __all__ = ["is_a_rank", "join_group", "run_ranks"]
 
-COLLECTIVE_S = 120.0  # a rank whose partner is gone ends by itself after this time
+COLLECTIVE_S = 120.0
 
 
 def run_ranks(script: str, num_ranks: int, arguments: Sequence[str] = ()) -> list[Any]:
@@ -122,5 +125,6 @@ def join_group() -> Communicator:
     """The communicator of this rank, opened as `training.rank` opens it."""
     from allreduce_spark.communicator.mpi import open_mpi  # not above: the script itself is to have no MPI
 
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a benchmark that is killed leaves no rank behind
     rank, size = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
     return open_mpi(worlds_of(["here"] * size)[rank], COLLECTIVE_S)

@@ -49,7 +49,7 @@ def endless(rank: int) -> Iterator[bytes]:
 
 def slow(rank: int) -> Iterator[bytes]:
     """The first block only after a while, in which the agent hears nobody."""
-    time.sleep(2)
+    time.sleep(2.5)
     return (yield from three(rank))
 
 

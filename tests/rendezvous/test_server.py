@@ -103,6 +103,17 @@ def test_a_large_result_of_the_root_arrives_whole_and_in_order(meet):
     assert meeting.result == b"".join(pieces)
 
 
+def test_a_root_that_sends_its_result_is_given_result_s_and_not_teardown_s(meet):
+    meeting = meet(1, Timeouts(heartbeat_s=0.05, teardown_s=0.5, result_s=60))
+    (agent,) = meeting.gather()
+    agent.at("teardown")
+    agent.say("result", b"first piece")
+    assert not meeting.rendezvous.wait(1.5)
+    agent.say("done")
+    meeting.end()
+    assert meeting.rendezvous.failure is None
+
+
 # Progress and logs
 
 

@@ -19,8 +19,8 @@ def test_what_is_written_is_read(tmp_path, phase):
     page.close()
 
 
-def test_a_new_page_says_start_and_no_step(tmp_path):
-    assert StatusPage(tmp_path / "status").read() == (Phase.START, 0, 0)
+def test_a_new_page_says_that_nothing_has_begun(tmp_path):
+    assert StatusPage(tmp_path / "status").read() == (next(iter(Phase)), 0, 0)
 
 
 def test_opening_a_page_again_keeps_what_it_says(tmp_path):

@@ -53,6 +53,12 @@ def test_errors_of_the_spark_job_are_told_apart(text: str, kind: str, says: str)
     assert "Task.scala" not in failure.cause
 
 
+def test_the_death_of_a_worker_is_not_the_first_cause_where_its_agent_has_told_more() -> None:
+    assert stage._failure_of_job(RuntimeError("Python worker exited unexpectedly (crashed)")).consequence
+    assert stage._failure_of_job(RuntimeError("ExecutorLostFailure (executor 1 exited)")).consequence
+    assert not stage._failure_of_job(RuntimeError("ValueError: a bad image")).consequence
+
+
 def test_all_slots_are_taken_where_num_ranks_is_not_given(spark: SparkSession) -> None:
     assert stage.count_slots(spark.sparkContext) == 2
     assert stage.check_cluster(spark.sparkContext, None, Timeouts()) == 2

@@ -164,10 +164,10 @@ def prints_before_it_is_started(channel, folder, status):
 
 
 def leaves_a_child_behind(channel, folder, status):
-    """The child keeps the rank's output open, and is gone by itself after a while."""
+    """The child keeps the rank's output open."""
     start(channel, status)
     if os.fork() == 0:
-        time.sleep(5)
+        time.sleep(600)
         os._exit(0)
     os._exit(4)
 
