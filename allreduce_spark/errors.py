@@ -81,7 +81,7 @@ class RankFailedError(AllReduceSparkError, RuntimeError):
         rank: The rank that failed first, or None where it is not known.
         host: Its host.
         phase: What it was doing: one of the words of `allreduce_spark.rendezvous.protocol.Phase`.
-        step: The optimizer step it was at, or None before the first.
+        epoch, step: The epoch, and the step of that epoch, it was at; both count from 0. None before the first step.
         cause: What happened, in one line or as the rank's traceback.
         log_tail: The last lines that the rank printed, oldest first.
     """
@@ -93,23 +93,17 @@ class RankFailedError(AllReduceSparkError, RuntimeError):
         rank: int | None = None,
         host: str | None = None,
         phase: str | None = None,
+        epoch: int | None = None,
         step: int | None = None,
         log_tail: tuple[str, ...] = (),
     ) -> None:
-        self.cause, self.rank, self.host, self.phase, self.step, self.log_tail = (
-            cause,
-            rank,
-            host,
-            phase,
-            step,
-            log_tail,
-        )
-        where = f"rank {rank}" if rank is not None else "an agent"
-        where += f" on {host}" if host else ""
+        self.cause, self.log_tail = cause, log_tail
+        self.rank, self.host, self.phase, self.epoch, self.step = rank, host, phase, epoch, step
+        where = "the fit failed" if rank is None else f"rank {rank}{f' on {host}' if host else ''} failed first"
         when = f" in phase '{phase}'" if phase else ""
-        when += f" at step {step}" if step is not None else ""
+        when += f" at epoch {epoch}, step {step}" if step is not None else ""
         log = "\nlast lines of its log:\n" + "\n".join(f"  | {line}" for line in log_tail) if log_tail else ""
-        super().__init__(f"{where} failed first{when}: {cause}{log}")
+        super().__init__(f"{where}{when}: {cause}{log}")
 
 
 class CancelledError(AllReduceSparkError, RuntimeError):

@@ -282,8 +282,10 @@ class _Relay:
     def _report_failure(self, fields: dict[str, Any]) -> None:
         self._from_output()
         self._send_log(last=True)
-        phase, _, step = self._status.read()
-        place = {"phase": phase.value, "step": step if phase.has_step else None}
+        phase, epoch, step = self._status.read()
+        place: dict[str, Any] = {"phase": phase.value}
+        if phase.has_step:
+            place |= {"epoch": epoch, "step": step}
         cause = fields["cause"][-CAUSE_CHARACTERS:]
         self._driver.send("failed", **{**place, **fields, "cause": cause, "log_tail": list(self._rank.tail)})
 

@@ -49,6 +49,7 @@ class Failure:
     rank: int | None = None
     host: str | None = None
     phase: str | None = None
+    epoch: int | None = None
     step: int | None = None
     log_tail: tuple[str, ...] = ()
     consequence: bool = False
@@ -86,9 +87,10 @@ class Station:
         return (0 if _ORDER[self.phase] < _ORDER[Phase.FIRST_STEP] else 2, _ORDER[self.phase], 0)
 
     @property
-    def whereabouts(self) -> tuple[int, str, str, int | None]:
-        """(rank, host, phase, step) as a `Failure` names them."""
-        return self.rank, self.host, self.phase.value, self.step if self.phase.has_step else None
+    def whereabouts(self) -> tuple[int, str, str, int | None, int | None]:
+        """(rank, host, phase, epoch, step) as a `Failure` names them."""
+        epoch, step = (self.epoch, self.step) if self.phase.has_step else (None, None)
+        return self.rank, self.host, self.phase.value, epoch, step
 
 
 _ORDER = {phase: index for index, phase in enumerate(Phase)}

@@ -303,8 +303,8 @@ class Rendezvous:
     def _on_failed(self, agent: _Agent, message: Message, **fields: Any) -> None:
         station = _station(agent)
         fields["log_tail"] = tuple(fields.get("log_tail", ()))
-        rank, host, phase, step = station.whereabouts
-        failure = Failure(**{"rank": rank, "host": host, "phase": phase, "step": step, **fields})
+        known = dict(zip(("rank", "host", "phase", "epoch", "step"), station.whereabouts, strict=True))
+        failure = Failure(**{**known, **fields})
         station.done = True
         self._fail(failure)
 

@@ -181,10 +181,11 @@ class SparkModel:
                 on_progress=display.report,
                 on_result=file.write,
             )
-            _, port = rendezvous.start(listen_host)
-            task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
-            display.show_phase(Phase.START)
-            run_stage(context, shards, rendezvous, task, display.draw)
+            with contextlib.closing(rendezvous):
+                _, port = rendezvous.start(listen_host)
+                task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
+                display.show_phase(Phase.START)
+                run_stage(context, shards, rendezvous, task, display.draw)
 
     def evaluate(
         self,

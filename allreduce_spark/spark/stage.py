@@ -170,7 +170,6 @@ def run_stage(
             job.cancel()  # for agents that are deep in Spark, reading rows, and do not listen
         if not job.join(task.timeouts.teardown_s):
             log.warning("the Spark job of the fit has not ended %.0f s after its ranks", task.timeouts.teardown_s)
-        rendezvous.close()  # last: an agent that comes late is told that it is over, rather than finding no driver
     if rendezvous.failure is not None:
         raise _error_of(rendezvous.failure)
     assert rendezvous.result is not None
@@ -275,6 +274,7 @@ def _error_of(failure: Failure) -> AllReduceSparkError:
         rank=failure.rank,
         host=failure.host,
         phase=failure.phase,
+        epoch=failure.epoch,
         step=failure.step,
         log_tail=failure.log_tail,
     )

@@ -52,10 +52,11 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     _seed(job.config.seed, int(os.environ["PMI_RANK"]))
     model = load_model(job.model_path, custom_objects)
 
-    start = channel.receive(job.timeouts.spool_s)
+    start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
-    communicator = open_mpi(membership.world, timeout_s=job.timeouts.init_s)
+    # Another rank may still be importing when this one comes.
+    communicator = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
     communicator.timeout_s = job.timeouts.collective_s
 
     status.write(Phase.FIRST_STEP)

@@ -164,7 +164,7 @@ def test_a_rank_that_is_killed_ends_the_fit_within_seconds_and_is_named(
     assert error.host == os.uname().nodename
     assert "killed by SIGKILL" in error.cause
     assert "the third step is done" in error.log_tail
-    assert f"rank 1 on {error.host} failed first in phase 'train' at step 2" in str(error)
+    assert f"rank 1 on {error.host} failed first in phase 'train' at epoch 0, step 2" in str(error)
 
 
 def test_an_agent_that_is_killed_takes_its_rank_along_and_its_folder_is_cleared_by_the_next_fit(
