@@ -7,10 +7,11 @@ single process would see.
 
 The mean over the union of the batches is the mean of the ranks' means, each weighted by its rows:
 
-    g = (rows_0 * g_0 + ... + rows_n * g_n) / (rows_0 + ... + rows_n)
+    g = rows_0 / R * g_0 + ... + rows_n / R * g_n        R = rows_0 + ... + rows_n
 
-All gradients travel as one flat buffer, `[rows * gradient ..., rows]`: one large all-reduce costs less than many small ones
-(Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion").
+All ranks know R before the step (`batches.BatchPlan`), so each scales its part while it copies it, and the sum is the result:
+dividing afterwards would be one more pass over all gradients. They travel as one flat buffer, because one large all-reduce
+costs less than many small ones (Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion").
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ class StepRows:
     """
 
     mine: int = 0
-    total: int = 0
+    total: int = 1
+
+    @property
+    def share(self) -> float:
+        """The weight of this rank's mean in the mean of all rows."""
+        return self.mine / self.total
 
 
 def distribute(
@@ -65,7 +71,7 @@ def distribute(
         The same optimizer.
     """
     if communicator.world_size == 1:
-        return optimizer  # rows * g / rows is not always g
+        return optimizer
     reduce = GradientReducer(communicator, rows, moving)
     apply_locally = optimizer.apply
 
@@ -142,19 +148,18 @@ class GradientReducer:
     def _reduce(self, arrays: Sequence[np.ndarray], counts: tuple[int, int, int]) -> list[np.ndarray]:
         """The numpy side of a step. The arrays are TensorFlow's memory: only to be read."""
         dense, moving, values, indices = _split(arrays, counts)
-        rows = self._rows.mine
+        share = self._rows.share
         # Averaging what each rank *added* leaves a variable that nobody moves as it is, to the bit.
         added = [now - before for now, before in zip(moving, self._moving_before, strict=True)]
         buffer = self._next_buffer([*dense, *added])
 
-        buffer.fill([*dense, *added], rows)
+        buffer.fill([*dense, *added], share)
         self._communicator.allreduce(buffer.flat)
-        total = buffer.divide()
 
         reduced, added_by_all = buffer.views[: len(dense)], buffer.views[len(dense) :]
         for before, step in zip(self._moving_before, added_by_all, strict=True):
             before += step
-        gathered = [self._gather(v, i, rows, total) for v, i in zip(values, indices, strict=True)]
+        gathered = [self._gather(v, i, share) for v, i in zip(values, indices, strict=True)]
         return [
             *(view.astype(local.dtype, copy=False) for view, local in zip(reduced, dense, strict=True)),
             *(before.astype(now.dtype) for before, now in zip(self._moving_before, moving, strict=True)),
@@ -162,13 +167,11 @@ class GradientReducer:
             *(index for _, index in gathered),
         ]
 
-    def _gather(
-        self, values: np.ndarray, indices: np.ndarray, rows: int, total: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """All ranks' slices of one sparse gradient, each weighted by the rows of its rank."""
-        if rows == 0:
+    def _gather(self, values: np.ndarray, indices: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' slices of one sparse gradient, each weighted by the share of its rank."""
+        if share == 0:
             values, indices = values[:0], indices[:0]
-        weighted = values * np.asarray(rows / total, np.result_type(values.dtype, np.float32))
+        weighted = values * np.asarray(share, np.result_type(values.dtype, np.float32))
         all_values = np.concatenate(self._communicator.allgather(weighted))
         return all_values.astype(values.dtype, copy=False), np.concatenate(self._communicator.allgather(indices))
 
@@ -180,7 +183,7 @@ class GradientReducer:
 
 
 class _FlatBuffer:
-    """One array for all gradients, `[gradient, ..., rows]`, and views of it in the gradients' shapes.
+    """One array for all gradients, and views of it in the gradients' shapes.
 
     float32, or float64 where any gradient is: half-precision gradients are summed in float32.
     """
@@ -189,28 +192,21 @@ class _FlatBuffer:
         dtype = np.dtype(np.float64 if any(a.dtype == np.float64 for a in arrays) else np.float32)
         step = ALIGNMENT_BYTES // dtype.itemsize
         starts = np.cumsum([0, *(-(-a.size // step) * step for a in arrays)])  # each view starts aligned
-        memory = np.zeros((int(starts[-1]) + 1) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8)
+        memory = np.zeros(int(starts[-1]) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8)
         skip = -memory.ctypes.data % ALIGNMENT_BYTES
-        self.flat = memory[skip : skip + (int(starts[-1]) + 1) * dtype.itemsize].view(dtype)
+        self.flat = memory[skip : skip + int(starts[-1]) * dtype.itemsize].view(dtype)
         self.views = [
             self.flat[start : start + a.size].reshape(a.shape)
             for start, a in zip(starts.tolist(), arrays, strict=False)
         ]
 
-    def fill(self, arrays: Sequence[np.ndarray], rows: int) -> None:
-        """Write `rows * array` for each array, and the rows."""
-        if rows == 0:
+    def fill(self, arrays: Sequence[np.ndarray], share: float) -> None:
+        """Write `share * array` for each array."""
+        if share == 0:
             self.flat.fill(0)  # Multiplying would not do: a batch that does not count may give nan, and 0 * nan is nan.
             return
         for view, array in zip(self.views, arrays, strict=True):
-            np.multiply(array, view.dtype.type(rows), out=view)
-        self.flat[-1] = rows
-
-    def divide(self) -> float:
-        """Divide by the rows of all ranks, and return them."""
-        total = float(self.flat[-1])
-        self.flat[:-1] /= self.flat.dtype.type(total)
-        return total
+            np.multiply(array, view.dtype.type(share), out=view)
 
 
 def _split(items: Sequence[Any], counts: tuple[int, int, int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
