@@ -108,9 +108,9 @@ class FitConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; `from_json` is the way back."""
-        fields = dataclasses.asdict(self)
+        fields = {name: _python_number(value) for name, value in dataclasses.asdict(self).items()}
         if self.class_weight is not None:
-            fields["class_weight"] = sorted(self.class_weight.items())
+            fields["class_weight"] = sorted((int(label), float(weight)) for label, weight in self.class_weight.items())
         return fields
 
     @classmethod
@@ -126,6 +126,13 @@ def check_num_ranks(num_ranks: object) -> int:
     if count > MAX_RANKS:
         raise ConfigError(f"num_ranks={count} is more than this library is made for ({MAX_RANKS}).")
     return count
+
+
+def _python_number(value: Any) -> Any:
+    """The Python number for a numpy one, which `json` does not know; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _check_count(name: str, value: object, *, at_least: int) -> None:

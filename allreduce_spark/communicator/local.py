@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: the reference implementation of a `Communicator`, and the one for world_size 1.
+"""Ranks as threads of one process: the reference implementation of a `Communicator`, for tests and for the debugger.
 
     first, second = LocalGroup(2, timeout_s=10).communicators     # hand one to each thread
 

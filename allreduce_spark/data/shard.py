@@ -16,11 +16,11 @@ import pyarrow as pa
 
 from allreduce_spark.data.blocks import schema_of
 from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, common_spec
-from allreduce_spark.data.spool import BLOCKS_KEY, SPEC_KEY, ShardWriter, read_chunks
+from allreduce_spark.data.spool import BLOCKS_KEY, SPEC_KEY, read_chunks
 from allreduce_spark.data.values import cast, to_numpy
 from allreduce_spark.errors import DataError
 
-__all__ = ["Shard", "ShardWriter"]
+__all__ = ["Shard"]
 
 Where = slice | np.ndarray
 

@@ -23,7 +23,7 @@ from typing import Any
 from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
 from allreduce_spark.data.blocks import decode_block
-from allreduce_spark.data.shard import ShardWriter
+from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, ProtocolError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
 from allreduce_spark.launch.process import RankProcess

@@ -111,13 +111,15 @@ class SparkModel:
             epochs, initial_epoch: As in Keras.
             batch_size: Rows per rank per step; the global batch has `batch_size * num_ranks` rows.
             verbose: 1 or "auto" for a progress bar, 2 for a line per epoch, 0 for silence.
-            callbacks: Keras callbacks. They run on every rank and see the same logs there; those that write files
-                (ModelCheckpoint, CSVLogger, TensorBoard, and callbacks with `root_only = True`) run on rank 0 only.
+            callbacks: Keras callbacks. Copies of them run on every rank and see the same logs at the end of an epoch (those of
+                a batch are the rank's own); what they remember does not come back. Those that write files
+                (ModelCheckpoint, CSVLogger, TensorBoard, and callbacks with `root_only = True`) run on rank 0 only, and
+                write on its machine.
             validation_split: Share of the rows to hold out: the last rows of each shard.
             validation_data: Rows to validate on, in any of the forms of `data`.
             shuffle: Whether each epoch has its own order of rows.
             class_weight: From class index to the weight of its rows in the loss.
-            validation_batch_size, validation_freq: As in Keras.
+            validation_batch_size, validation_freq: As in Keras; per rank, and a number of epochs.
             features_col, label_col, weight_col: Columns of a DataFrame. Several feature columns are a dict of inputs.
             seed: Of the order of rows and of all randomness in the ranks. None draws one with `random`, which
                 `keras.utils.set_random_seed` seeds.
@@ -195,7 +197,7 @@ class SparkModel:
         features_col: str | Sequence[str] = "features",
         label_col: str | Sequence[str] = "label",
         weight_col: str | None = None,
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Loss and metrics over all rows of `data`, computed where they are.
 
         Not an average over partitions: metric states are combined, so AUC, mean IoU and the like are exact.
@@ -206,7 +208,11 @@ class SparkModel:
             features_col, label_col, weight_col: As for `fit`.
 
         Returns:
-            Name -> value, "loss" first.
+            Name -> value, "loss" first. A metric that gives one number per class, such as F1Score, is an array.
+
+        Raises:
+            ConfigError: There is no Spark session, or the model has no weights yet.
+            DataError: There are no rows, or they do not fit the model.
         """
         context = active_context()
         columns = _columns(features_col, label_col, weight_col)
@@ -224,6 +230,9 @@ class SparkModel:
 
         Returns:
             An array of shape (rows, ...), or arrays in the structure of the model's outputs.
+
+        Raises:
+            ConfigError, DataError: As in `evaluate`.
         """
         context = active_context()
         columns = _columns(features_col, (), None)

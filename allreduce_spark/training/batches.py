@@ -3,6 +3,7 @@ worked out again from (seed, epoch, rank)."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +61,9 @@ def validation_rows_of(rows: tuple[int, ...], share: float) -> tuple[int, ...]:
     """
     total = sum(rows)
     held_out = total - int(total * (1 - share))
-    ends = np.cumsum(rows) * held_out // max(total, 1)
-    return tuple(int(count) for count in np.diff(ends, prepend=0))
+    # Python's integers: the product of two counts of a billion rows overflows those of numpy.
+    ends = [end * held_out // max(total, 1) for end in itertools.accumulate(rows, initial=0)]
+    return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def data_sets(
@@ -130,12 +132,13 @@ class ShardBatches(keras.utils.PyDataset):
 
     def _order_of(self, epoch: int, seed: int) -> np.ndarray:
         """A random order of the rows; 4 bytes a row, the only memory here that grows with the shard."""
-        if self._order is None or self._order[0] != epoch:
+        known = self._order  # asked for once: Keras's reader of an epoch that was cut short may still be here
+        if known is None or known[0] != epoch:
             count = self.plan.rows[self._rank]
             order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
             np.random.default_rng([seed, epoch, self._rank]).shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1]
+            self._order = known = (epoch, order)
+        return known[1]
 
 
 def _as_keras_batch(batch: tuple[Any, Any, Any]) -> tuple[Any, ...]:

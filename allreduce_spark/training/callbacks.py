@@ -3,8 +3,8 @@
 The user's callbacks stand between two of ours:
 
     First        knows which step this is, counts rows, combines the metrics before anybody looks at them
-    ...          the user's: on every rank, with the same logs, so that they decide the same; those that write files on
-                 the root only
+    ...          the user's: on every rank, with the same logs at the end of an epoch, so that they decide the same (those
+                 of a batch are this rank's own); those that write files on the root only
     Last         makes all ranks stop where one of them wants to stop
 """
 
@@ -29,11 +29,10 @@ __all__ = ["First", "Last", "callbacks_of_rank"]
 REPORT_EVERY_S = 0.2
 
 # They write files or send messages: once is enough, and twice would spoil the file.
-ROOT_ONLY = (
-    keras.callbacks.ModelCheckpoint,
-    keras.callbacks.CSVLogger,
-    keras.callbacks.TensorBoard,
-    keras.callbacks.RemoteMonitor,
+ROOT_ONLY = tuple(
+    getattr(keras.callbacks, name)
+    for name in ("ModelCheckpoint", "OrbaxCheckpoint", "CSVLogger", "TensorBoard", "RemoteMonitor")
+    if hasattr(keras.callbacks, name)  # Orbax came later than the oldest Keras that will do
 )
 
 
@@ -76,7 +75,7 @@ class First(keras.callbacks.Callback):
         self._batches, self._plan = train, train.plan
         self._validation = None if validation is None else validation.plan
         self._status, self._report, self._reported_at = status, report, 0.0
-        self._epoch = 0
+        self._epoch, self._phase = 0, Phase.FIRST_STEP
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._state = MetricState(self.model, self._communicator)
@@ -87,11 +86,15 @@ class First(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._begin_step(self._plan, batch)
-        first = self._status.read()[0] in (Phase.INIT, Phase.FIRST_STEP)
-        self._status.write(Phase.FIRST_STEP if first and batch == 0 else Phase.TRAIN, self._epoch, batch)
+        self._status.write(self._phase, self._epoch, batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._end_step(self._plan, batch)
+        self._phase = Phase.TRAIN
+        if logs and self._rows.mine == 0:
+            # They were read before the step was taken back: a NaN of rows that do not exist must not end the training.
+            results = self.model.get_metrics_result()
+            logs.update({name: float(results[name]) for name in logs.keys() & results if np.ndim(results[name]) == 0})
         if self._report and time.monotonic() - self._reported_at > REPORT_EVERY_S:
             self._report_progress(batch + 1, logs or {})
 
@@ -167,11 +170,14 @@ class Last(keras.callbacks.Callback):
         # All ranks must come to the same conclusion here, so it is drawn from the user's full list on every rank.
         self._after_batches = any(acts_on_batches(callback) for callback in users)
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._agree_to_stop()  # Keras would look at the wish after the first step.
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._after_batches:
             self._agree_to_stop()
-            if self.model.stop_training:
-                self._first.end_epoch_early(batch)
+        if self.model.stop_training:
+            self._first.end_epoch_early(batch)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._agree_to_stop()

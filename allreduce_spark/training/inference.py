@@ -14,7 +14,8 @@ import keras
 import numpy as np
 
 from allreduce_spark.data.blocks import decode_block
-from allreduce_spark.data.shard import Shard, ShardWriter
+from allreduce_spark.data.shard import Shard
+from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
@@ -89,8 +90,11 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
         return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
 
 
-def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, float]:
-    """The metrics, the loss first, over the rows of all partitions. Uses, and then resets, the metrics of `model`."""
+def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, Any]:
+    """The metrics, the loss first, over the rows of all partitions. Uses, and then resets, the metrics of `model`.
+
+    A metric that gives one number per class, such as F1Score, is an array.
+    """
     batch = parts[0].example
     model.evaluate(*batch, verbose=0) if len(batch) < 3 else model.evaluate(
         batch[0], batch[1], sample_weight=batch[2], verbose=0
@@ -100,7 +104,8 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, fl
         variables, combine_states(variables, parts[0].initial, [p.state for p in parts]), strict=True
     ):
         variable.assign(value)
-    result = {name: float(value) for name, value in model.get_metrics_result().items()}
+    values = {name: np.asarray(value) for name, value in model.get_metrics_result().items()}
+    result = {name: value if value.ndim else float(value) for name, value in values.items()}
     model.reset_metrics()
     return result
 
@@ -121,7 +126,7 @@ _last: tuple[bytes, keras.Model] | None = None
 def _model(task: InferenceTask) -> keras.Model:
     """Load the model, once for all partitions that one Python worker works on."""
     global _last
-    digest = hashlib.sha256(task.model).digest()
+    digest = hashlib.sha256(task.model + task.objects).digest()  # a function of one name may have been written anew
     if _last is None or _last[0] != digest:
         with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
             path = Path(folder) / "model.keras"

@@ -111,7 +111,9 @@ class GradientReducer:
 
     def __init__(self, communicator: Communicator, rows: StepRows, moving: Sequence[keras.Variable] = ()) -> None:
         self._communicator, self._rows, self._moving = communicator, rows, list(moving)
-        self._moving_before = [np.array(variable.numpy(), np.float32) for variable in moving]
+        # In float32 at least: the small steps of a half-precision variable would be lost in its own type.
+        values = [variable.numpy() for variable in moving]
+        self._moving_before = [np.array(value, np.promote_types(value.dtype, np.float32)) for value in values]
         self._buffers: itertools.cycle[_FlatBuffer] | None = None
 
     def __call__(self, gradients: list[Any]) -> list[Any]:

@@ -101,7 +101,8 @@ def train(
         model: Compiled; the same on every rank.
         shards: The training rows of this rank, and its rows of a validation set of its own.
         callbacks: The user's; the same on every rank.
-        seed_states: States of the model's random generators to start from; empty for those that it has.
+        seed_states: States of the model's random generators to start from. Where they are not as many as the built model
+            has (building may make more), each rank starts from its own.
         status: Where this rank says how far it is.
         report: Called with progress now and then, on the root; None elsewhere.
     """
@@ -188,7 +189,8 @@ def _make_randomness_differ(model: keras.Model, seed_states: list[list[int]], ra
     The root draws what a single process would draw; the other ranks something else.
     """
     variables = seed_variables(model)
-    for variable, state in zip(variables, seed_states or [variable.numpy() for variable in variables], strict=True):
+    states = seed_states if len(seed_states) == len(variables) else [variable.numpy() for variable in variables]
+    for variable, state in zip(variables, states, strict=True):
         value = np.array(state, dtype=variable.dtype)
         if rank:
             value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]

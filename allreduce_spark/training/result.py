@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from allreduce_spark.data.spec import RowSpec
 from allreduce_spark.training.model_bytes import load_state, read_about, save_state
@@ -14,7 +15,7 @@ __all__ = ["build_like", "take_over", "write_result"]
 
 def write_result(model: keras.Model, history: keras.callbacks.History, spec: RowSpec, path: Path) -> None:
     """Write weights, optimizer state, random states and history."""
-    values = {name: [float(value) for value in column] for name, column in history.history.items()}
+    values = {name: [np.asarray(value).tolist() for value in column] for name, column in history.history.items()}
     about = {"history": values, "epoch": history.epoch, "params": history.params, "spec": spec.to_json()}
     save_state(model, path, about)
 
@@ -27,7 +28,12 @@ def take_over(model: keras.Model, path: Path) -> keras.callbacks.History:
     history = keras.callbacks.History()
     history.set_model(model)
     history.set_params({**about["params"], "verbose": 0})
-    history.history, history.epoch = about["history"], about["epoch"]
+    history.epoch = about["epoch"]
+    # A metric such as F1Score gives one number per class: an array, as in a history of Keras's own.
+    history.history = {
+        name: [np.array(value) if isinstance(value, list) else value for value in column]
+        for name, column in about["history"].items()
+    }
     model.history = history
     return history
 

@@ -86,6 +86,40 @@ def test_a_rank_that_stops_for_a_reason_of_its_own_stops_the_others(fit_ranks):
     assert [len(rank.history["loss"]) for rank in ranks] == [2, 2]
 
 
+class StopAtTheBeginning(StopOnOneRank):
+    """Stops where Keras looks at the wish only after one more step."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self.stops and epoch == 1:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        pass
+
+
+def test_a_wish_to_stop_at_the_beginning_of_an_epoch_is_one_of_all_ranks_as_are_the_metrics_until_then(fit_ranks):
+    ranks = fit_ranks(regression(), parts(16, 16), FitConfig(epochs=9, batch_size=4), lambda: [StopAtTheBeginning()])
+    assert len(ranks[0].history["loss"]) == 2
+    assert ranks[0].history == ranks[1].history
+
+
+@keras.saving.register_keras_serializable("test_callbacks")
+class UnitVector(keras.layers.Layer):
+    """NaN for a row of zeros, which is what a rank without rows computes with."""
+
+    def call(self, x):
+        return x / keras.ops.norm(x, axis=1, keepdims=True)
+
+
+def test_a_nan_of_a_rank_without_rows_does_not_end_the_training(fit_ranks):
+    model = keras.Sequential([keras.Input((2,)), UnitVector(), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    config = FitConfig(epochs=3, batch_size=8)
+    ranks = fit_ranks(model, parts(16, 0), config, lambda: [keras.callbacks.TerminateOnNaN()])
+    assert [len(rank.history["loss"]) for rank in ranks] == [3, 3]
+    assert np.isfinite(ranks[0].history["loss"]).all()
+
+
 def test_files_are_written_by_the_root_alone(fit_ranks, tmp_path):
     paths = {"log": tmp_path / "log.csv", "model": tmp_path / "best.keras"}
     opened = []

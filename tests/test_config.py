@@ -1,0 +1,26 @@
+"""The settings survive their way to the ranks, whatever kind of number they were given as."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from allreduce_spark.config import FitConfig
+
+CONFIGS = {
+    "defaults": FitConfig(),
+    "Python's numbers": FitConfig(epochs=3, validation_split=0.25, class_weight={1: 2, 0: 0.5}, shuffle=False),
+    "numpy's numbers": FitConfig(
+        epochs=np.int64(3),
+        batch_size=np.int32(8),
+        validation_split=np.float32(0.25),
+        class_weight=dict(zip(np.unique([1, 0]), np.array([0.5, 2.0], np.float32), strict=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_settings_come_back_from_json_as_they_were(config):
+    assert FitConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
