@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.shard import Shard
@@ -16,6 +17,8 @@ from allreduce_spark.errors import DataError
 from allreduce_spark.world import Membership
 
 __all__ = ["BatchPlan", "ShardBatches", "data_sets", "validation_rows_of"]
+
+READ_AHEAD = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,8 @@ def data_sets(
     return train, None
 
 
-class ShardBatches(keras.utils.PyDataset):
-    """The batches of one rank's shard, as `keras.Model.fit` reads them.
+class ShardBatches:
+    """The batches of one rank's shard: a sequence of (x[, y[, sample_weight]]), and the `tf.data.Dataset` that Keras reads.
 
     A step to which this rank brings no row still yields a batch of one row (the shard's first, or zeros), because layers are
     not made for empty batches. What is computed from it does not count: `optimizer` weighs it with 0 rows and `callbacks`
@@ -111,7 +114,6 @@ class ShardBatches(keras.utils.PyDataset):
     def __init__(
         self, shard: Shard, plan: BatchPlan, rank: int, *, first_row: int = 0, seed: int | None = None
     ) -> None:
-        super().__init__()  # Keras reads ahead in a thread of tf.data
         if shard.spec is None:
             raise DataError("no rank has rows in this data set, so nobody knows what a row looks like")
         self.plan, self.spec, self.epoch = plan, shard.spec, 0
@@ -130,9 +132,31 @@ class ShardBatches(keras.utils.PyDataset):
             rows = self._order_of(self.epoch, self._seed)[rows]
         return _as_keras_batch(self._shard.take(rows + self._first_row))
 
+    def dataset(self) -> tf.data.Dataset:
+        """The batches in a form that Keras reads ahead, in a thread of its own.
+
+        Not a `keras.utils.PyDataset`: Keras reads that through a Python generator, whose end stalls a process that is busy on
+        all its cores for a second now and then, and with it all other ranks (seen between training and validation).
+        """
+        example = self[0]
+        arrays = keras.tree.flatten(example)
+        types = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in arrays]
+
+        def read(step: tf.Tensor) -> Any:
+            tensors = tf.numpy_function(lambda number: keras.tree.flatten(self[int(number)]), [step], types)
+            for tensor, array in zip(tensors, arrays, strict=True):
+                tensor.set_shape((None, *array.shape[1:]))
+            return keras.tree.pack_sequence_as(example, tensors)
+
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        # The all-reduce blocks one of TensorFlow's own threads; reading must not have to wait for it.
+        options.threading.private_threadpool_size = 1
+        return tf.data.Dataset.range(len(self)).map(read).prefetch(READ_AHEAD).with_options(options)
+
     def _order_of(self, epoch: int, seed: int) -> np.ndarray:
         """A random order of the rows; 4 bytes a row, the only memory here that grows with the shard."""
-        known = self._order  # asked for once: Keras's reader of an epoch that was cut short may still be here
+        known = self._order  # asked for once: the reader of an epoch that was cut short may still be here
         if known is None or known[0] != epoch:
             count = self.plan.rows[self._rank]
             order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)

@@ -67,7 +67,7 @@ def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
             return None
         model = _model(task)
         check_inputs(model, batches.spec)
-        return model.predict(batches, verbose=0)
+        return model.predict(batches.dataset(), verbose=0)
 
 
 def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetrics | None:
@@ -83,7 +83,7 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
         model = _model(task)
         check_labels(model, batches.spec)
         check_inputs(model, batches.spec)
-        model.evaluate(batches, verbose=0)
+        model.evaluate(batches.dataset(), verbose=0)
         state = [value_of(variable) for variable in metric_variables(model)]
         model.reset_metrics()
         initial = [value_of(variable) for variable in metric_variables(model)]

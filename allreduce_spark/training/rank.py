@@ -117,10 +117,10 @@ def train(
     globalize_losses(model, communicator, rows)
     first = First(communicator, rows, data, validation, status, report)
     history = model.fit(
-        data,
+        data.dataset(),
         epochs=config.epochs,
         initial_epoch=config.initial_epoch,
-        validation_data=validation,
+        validation_data=None if validation is None else validation.dataset(),
         validation_freq=config.validation_freq,
         class_weight=config.class_weight,
         callbacks=[

@@ -137,7 +137,7 @@ def measure(size: Size, optimizer: str) -> dict[str, Any]:
             size.steps,
             {
                 "fit on arrays": lambda: models[0].fit(x, y, BATCH_SIZE, verbose=0),
-                "fit": lambda: models[1].fit(batches, shuffle=False, verbose=0),
+                "fit": lambda: models[1].fit(batches.dataset(), shuffle=False, verbose=0),
                 **bare_steps(models[2], models[3], communicator, (x[:BATCH_SIZE], y[:BATCH_SIZE]), size.steps),
                 **communication(communicator, models[0].count_params() + 1, size.steps),  # and the number of rows
             },
