@@ -128,8 +128,8 @@ def check_keras(environ: Mapping[str, str] = os.environ) -> Result:
     version = version_of("keras")
     if version is None:
         return fail("not found", f"Keras comes with TensorFlow. {INSTALL_TENSORFLOW}")
-    if numbers(version) < (3, 5):
-        return fail(version, "Keras 3.5 or newer is needed: pip install 'keras>=3.5,<4'")
+    if numbers(version) < (3, 8):
+        return fail(version, "Keras 3.8 or newer is needed: pip install 'keras>=3.8,<4'")
     backend, source = keras_backend(environ)
     if backend != "tensorflow":
         return fail(f"{version} with backend {backend!r} (from {source})", "Set KERAS_BACKEND=tensorflow.")

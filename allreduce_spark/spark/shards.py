@@ -17,7 +17,7 @@ from pyspark import RDD, SparkContext, TaskContext
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
 from pyspark.mllib.linalg import VectorUDT as OldVectorUDT
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from allreduce_spark.data.arrays import arrays_to_blocks
@@ -143,14 +143,12 @@ def _select(frame: DataFrame, columns: Columns) -> DataFrame:
     if missing:
         raise DataError(f"the DataFrame has no column {missing[0]!r}; its columns are {frame.columns}")
     types = {field.name: field.dataType for field in frame.schema.fields}
-    return frame.select(
-        [
-            vector_to_array(frame[name]).alias(name)
-            if isinstance(types[name], (VectorUDT, OldVectorUDT))
-            else frame[name]
-            for name in dict.fromkeys(wanted)
-        ]
-    )
+
+    def column(name: str) -> Column:
+        quoted = frame[f"`{name.replace('`', '``')}`"]  # a dot in a name would mean a part of a struct
+        return vector_to_array(quoted).alias(name) if isinstance(types[name], (VectorUDT, OldVectorUDT)) else quoted
+
+    return frame.select([column(name) for name in dict.fromkeys(wanted)])
 
 
 def _blocks_of_batches(

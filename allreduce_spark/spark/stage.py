@@ -269,6 +269,8 @@ def _error_of(failure: Failure) -> AllReduceSparkError:
     kind = getattr(errors, failure.error, None) if failure.error in errors.__all__ else None
     if kind in (errors.DataError, ConfigError, CancelledError, errors.MissingDependencyError):
         return kind(failure.cause)
+    if kind is not None and failure.rank is None:
+        return kind(failure.cause)  # no rank has failed: agents that did not come, say
     return RankFailedError(
         failure.cause,
         rank=failure.rank,

@@ -76,6 +76,7 @@ class First(keras.callbacks.Callback):
         self._validation = None if validation is None else validation.plan
         self._status, self._report, self._reported_at = status, report, 0.0
         self._epoch, self._phase = 0, Phase.FIRST_STEP
+        self._share = self._validation_share = 0.0  # of this rank's rows in the last step
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._state = MetricState(self.model, self._communicator)
@@ -89,9 +90,9 @@ class First(keras.callbacks.Callback):
         self._status.write(self._phase, self._epoch, batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        self._end_step(self._plan, batch)
-        self._phase = Phase.TRAIN
-        if logs and self._rows.mine == 0:
+        share = self._end_step(self._plan, batch)
+        self._phase, self._share = Phase.TRAIN, share
+        if logs and share == 0:
             # They were read before the step was taken back: a NaN of rows that do not exist must not end the training.
             results = self.model.get_metrics_result()
             logs.update({name: float(results[name]) for name in logs.keys() & results if np.ndim(results[name]) == 0})
@@ -109,7 +110,7 @@ class First(keras.callbacks.Callback):
 
     def on_test_batch_end(self, batch: int, logs: Any = None) -> None:
         assert self._validation is not None
-        self._end_step(self._validation, batch)
+        self._validation_share = self._end_step(self._validation, batch)
         self._status.write(Phase.VALIDATE, self._epoch, self._plan.steps + batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -128,21 +129,33 @@ class First(keras.callbacks.Callback):
         if self._rows.mine == 0:
             self._state.keep()
 
-    def _end_step(self, plan: BatchPlan, step: int) -> None:
-        if self._rows.mine == 0:
+    def _end_step(self, plan: BatchPlan, step: int) -> float:
+        """Close a step; return this rank's share of its rows."""
+        share = self._rows.share
+        self._rows.mine = self._rows.total = 0
+        if share == 0:
             self._state.restore()
         if step == plan.steps - 1:
             # Here, because Keras asks the metrics for the results of the epoch right after the last batch.
             self._state.combine()
+        return share
 
     def _agree_on(self, logs: dict[str, Any]) -> None:
-        """Metrics agree already. What a custom train_step returned beside them is of its rank: take the mean."""
-        names = {metric.name for metric in self.model.metrics} | set(self.model.get_metrics_result())
-        others = sorted(name for name in logs if name.removeprefix("val_") not in names)
-        if others:
-            values = np.array([float(logs[name]) for name in others], np.float64)
-            self._communicator.allreduce(values)
-            logs.update(zip(others, (values / self._communicator.world_size).tolist(), strict=True))
+        """Make the logs of an epoch equal on all ranks.
+
+        Where they are the results of the metrics, they are so already. A custom train_step may return something else; Keras
+        then shows what its last step returned, which is of this rank: take the mean over the rows of that step.
+        """
+        metrics = set(self.model.get_metrics_result())
+        validation = {name for name in logs if name.startswith("val_") and self._validation is not None}
+        for names, share in ((logs.keys() - validation, self._share), (validation, self._validation_share)):
+            if {name.removeprefix("val_") for name in names} == metrics:
+                continue
+            scalars = sorted(name for name in names if np.ndim(logs[name]) == 0)
+            # A rank without rows in that step has nothing to say, and what it says may be nan.
+            means = np.array([share * float(logs[name]) if share else 0.0 for name in scalars], np.float64)
+            self._communicator.allreduce(means)
+            logs.update(zip(scalars, means.tolist(), strict=True))
 
     def _report_progress(self, steps_done: int, logs: dict[str, Any], *, epoch_done: bool = False) -> None:
         assert self._report is not None

@@ -34,6 +34,12 @@ def check_model(model: object) -> keras.Model:
     _refuse_hidden_optimizers(model)
     if any(getattr(variable, "overwrite_with_gradient", False) for variable in model.trainable_variables):
         raise ConfigError("float8 quantization-aware training keeps scales per process and is not supported.")
+    synchronized = [layer.name for layer in model._flatten_layers() if getattr(layer, "synchronized", False)]
+    if synchronized:
+        raise ConfigError(
+            f"the layers {synchronized} ask for statistics over all replicas (synchronized=True), which is not supported: "
+            "each rank normalises with its own batch. Leave the argument out."
+        )
     metric_variables(model)
     _refuse_half_built(model)
     return model
@@ -180,7 +186,8 @@ def _refuse_half_built(model: keras.Model) -> None:
 
 def _refuse_hidden_optimizers(model: keras.Model) -> None:
     for name, value in vars(model).items():
-        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer:
+        held = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(part, keras.optimizers.Optimizer) and part is not model.optimizer for part in held):
             raise ConfigError(
                 f"the model has a second optimizer, {name!r}. Only the one that compile() was given reduces its gradients "
                 "over the ranks, so the ranks would go different ways."

@@ -17,7 +17,7 @@ from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
 
-__all__ = ["Job", "make_job", "pickle_objects", "seed_variables"]
+__all__ = ["Job", "check_arrival", "make_job", "pickle_objects", "seed_variables"]
 
 _MODEL, _OBJECTS, _SETTINGS = "model.keras", "objects", "settings.json"
 
@@ -32,6 +32,8 @@ class Job:
             and never over a socket of ours.
         config, timeouts: The settings.
         seed_states: States of the model's random generators, as `seed_variables` orders them; may be empty.
+        trainable: Whether each of the model's weights is trained, in their order; empty for a model that is not built.
+        iterations: Steps that the optimizer has taken.
         model_path: Where the archive lies, on the rank's side.
     """
 
@@ -40,6 +42,8 @@ class Job:
     config: FitConfig
     timeouts: Timeouts
     seed_states: list[list[int]]
+    trainable: list[bool]
+    iterations: int
     model_path: Path = Path(_MODEL)
 
     def files(self) -> dict[str, bytes]:
@@ -48,6 +52,8 @@ class Job:
             "config": self.config.to_json(),
             "timeouts": dataclasses.asdict(self.timeouts),
             "seed_states": self.seed_states,
+            "trainable": self.trainable,
+            "iterations": self.iterations,
         }
         return {_MODEL: self.model, _OBJECTS: self.objects, _SETTINGS: json.dumps(settings).encode()}
 
@@ -60,6 +66,8 @@ class Job:
             config=FitConfig.from_json(settings["config"]),
             timeouts=Timeouts(**settings["timeouts"]),
             seed_states=settings["seed_states"],
+            trainable=settings["trainable"],
+            iterations=settings["iterations"],
             model_path=folder / _MODEL,
         )
 
@@ -76,9 +84,34 @@ def make_job(
     Raises:
         ConfigError: The model, a custom object or a callback cannot be sent to another machine.
     """
+    if model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)  # as the first step would; so that its state travels
     seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
-    return Job(model_to_bytes(model), objects, config, timeouts, seeds)
+    trainable = [bool(weight.trainable) for weight in model.weights]
+    iterations = int(model.optimizer.iterations.numpy())
+    return Job(model_to_bytes(model), objects, config, timeouts, seeds, trainable, iterations)
+
+
+def check_arrival(model: keras.Model, job: Job) -> None:
+    """Make sure that the model that was loaded trains the weights that the user's trains, from where it had come.
+
+    Raises:
+        ConfigError: It does not. Keras's archive keeps `trainable` only where a layer's config has it, and where other
+            weights are trained it drops the optimizer's state.
+    """
+    different = [w.path for w, flag in zip(model.weights, job.trainable, strict=False) if bool(w.trainable) != flag]
+    if different:
+        raise ConfigError(
+            f"`trainable` of {different[:5]} was set after the model was made, and its class does not save that, so the "
+            "ranks would train other weights. Set it in the constructor of the model, or use a functional model."
+        )
+    iterations = int(model.optimizer.iterations.numpy())
+    if iterations != job.iterations:
+        raise ConfigError(
+            f"the optimizer has taken {job.iterations} steps, but arrived on the executors with {iterations}: Keras could "
+            "not restore its state. Compile the model again to start with a new state."
+        )
 
 
 def pickle_objects(objects: Any) -> bytes:

@@ -21,16 +21,16 @@ import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.training.optimizer import StepRows
+from allreduce_spark.training.order import ProgramOrder
 
 __all__ = ["GlobalLoss", "globalize_losses"]
 
 
-def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows) -> None:
+def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows, order: ProgramOrder) -> None:
     """Put a `GlobalLoss` around each loss that the model was compiled with."""
     compiled = model._compile_loss
     if compiled is None or communicator.world_size == 1:
         return
-    order = _Order()
 
     def wrap() -> None:
         compiled._flat_losses = [
@@ -52,26 +52,15 @@ def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepR
     compiled.build = build_and_wrap
 
 
-class _Order:
-    """Lets the collectives of one traced step run in the order of the program: TensorFlow would run them in any."""
-
-    def __init__(self) -> None:
-        self._last: tuple[Any, Any] | None = None
-
-    def after_the_last(self, graph: Any) -> list[Any]:
-        return [self._last[1]] if self._last is not None and self._last[0] is graph and graph is not None else []
-
-    def remember(self, graph: Any, tensor: Any) -> None:
-        self._last = (graph, tensor)
-
-
 class GlobalLoss(keras.losses.Loss):
     """A Keras loss that divides by the denominator of the global batch, where that is not the number of rows.
 
     Everywhere else it is the wrapped loss itself: nothing is computed, and no message sent.
     """
 
-    def __init__(self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: _Order) -> None:
+    def __init__(
+        self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: ProgramOrder
+    ) -> None:
         super().__init__(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)
         self._loss, self._communicator, self._rows, self._order = loss, communicator, rows, order
 
@@ -109,18 +98,18 @@ class GlobalLoss(keras.losses.Loss):
         """R / (rows_r * sum(D)), or R / rows_r where there is no denominator; computed when the step runs."""
         if isinstance(denominator, keras.KerasTensor):
             return 1.0  # Keras works out shapes; no step runs
-        graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         argument = (
             tf.zeros([0], tf.float64) if denominator is None else tf.reshape(tf.cast(denominator, tf.float64), [1])
         )
-        with tf.control_dependencies(self._order.after_the_last(graph)):
-            factor = tf.numpy_function(self._sum_denominators, [tf.stop_gradient(argument)], tf.float64)
-        self._order.remember(graph, factor)
+        (factor,) = self._order.call(self._sum_denominators, [tf.stop_gradient(argument)], [tf.float64])
         factor.set_shape([])
         return tf.cast(factor, dtype)
 
     def _sum_denominators(self, denominator: np.ndarray) -> np.float64:
         mine, total = self._rows.mine, self._rows.total
+        if total == 0:  # A callback of the user's evaluates, on this rank alone.
+            own = denominator[0] if denominator.size else 1.0
+            return np.float64(1.0 / own if own else 0.0)
         of_all = np.array(denominator if mine else np.zeros_like(denominator))
         if of_all.size:
             self._communicator.allreduce(of_all)

@@ -68,22 +68,37 @@ def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
 
 
 def custom_objects_of(model: keras.Model) -> dict[str, Any]:
-    """The classes and functions, by name, that are needed to load this model and that Keras does not bring itself."""
+    """The classes and functions, by name, that are needed to load this model and that Keras does not bring itself.
+
+    Raises:
+        ConfigError: Two of them have one name.
+    """
     found: dict[str, Any] = dict(keras.saving.get_custom_objects())
-    for used in _objects_in(model):
-        code = (
-            used if callable(used) and hasattr(used, "__name__") and not isinstance(used, keras.Layer) else type(used)
-        )
+    for code in map(_code_of, _parts_of_compile(model)):
+        if not _is_builtin(code) and found.setdefault(code.__name__, code) != code:
+            raise ConfigError(
+                f"the model was compiled with two different things that are both called {code.__name__!r} (defined in "
+                f"{code.__module__}). Keras finds them again by name, so one would be taken for the other: rename one."
+            )
+    for code in map(_code_of, _parts_of_layers(model)):
         if not _is_builtin(code):
             found.setdefault(code.__name__, code)
     return found
 
 
-def _objects_in(model: keras.Model) -> Iterator[Any]:
-    """Everything in a model that has a class or a name of its own: layers, their parts, and what it was compiled with."""
+def _code_of(used: Any) -> Any:
+    """The function or class that Keras will look for by name."""
+    return used if callable(used) and hasattr(used, "__name__") and not isinstance(used, keras.Layer) else type(used)
+
+
+def _parts_of_layers(model: keras.Model) -> Iterator[Any]:
     for layer in model._flatten_layers():
         yield layer
         yield from (value for value in vars(layer).values() if _may_be_custom(value))
+
+
+def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
+    """Loss, metrics and optimizer, with the functions and schedules in them."""
     compiled = model._compile_config.config if model._compile_config is not None else {}
     parts = [model.optimizer, *(compiled.get(key) for key in ("loss", "metrics", "weighted_metrics"))]
     yield from (part for part in keras.tree.flatten(parts) if part is not None and not isinstance(part, str))

@@ -26,6 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.order import ProgramOrder
 
 __all__ = ["GradientReducer", "StepRows", "distribute", "moving_variables"]
 
@@ -38,11 +39,11 @@ class StepRows:
 
     Attributes:
         mine: This rank's; 0 in a step to which it brings none.
-        total: Those of all ranks.
+        total: Those of all ranks; 0 while no step is running.
     """
 
     mine: int = 0
-    total: int = 1
+    total: int = 0
 
     @property
     def share(self) -> float:
@@ -55,6 +56,7 @@ def distribute(
     communicator: Communicator,
     rows: StepRows,
     moving: Sequence[keras.Variable] = (),
+    order: ProgramOrder | None = None,
 ) -> keras.optimizers.Optimizer:
     """Make `optimizer.apply` reduce the gradients over the ranks before it applies them. Changes the optimizer in place.
 
@@ -66,13 +68,14 @@ def distribute(
         communicator: The group to reduce over.
         rows: The weight of this rank's gradient, read at every step.
         moving: Variables that the forward pass moves (see `moving_variables`); averaged at every step as well.
+        order: That of all collectives in the model's steps; None where there are no others.
 
     Returns:
         The same optimizer.
     """
     if communicator.world_size == 1:
         return optimizer
-    reduce = GradientReducer(communicator, rows, moving)
+    reduce = GradientReducer(communicator, rows, moving, order)
     apply_locally = optimizer.apply
 
     def apply(grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> Any:
@@ -105,16 +108,22 @@ class GradientReducer:
     sparse: the ranks' slices are gathered, one after the other, exactly as one process would have got them.
 
     Args:
-        communicator, rows, moving: As for `distribute`. The moving variables must still have the values, equal on all ranks,
-            that they have before the first step.
+        communicator, rows, moving, order: As for `distribute`. The moving variables must still have the values, equal on
+            all ranks, that they have before the first step.
     """
 
-    def __init__(self, communicator: Communicator, rows: StepRows, moving: Sequence[keras.Variable] = ()) -> None:
+    def __init__(
+        self,
+        communicator: Communicator,
+        rows: StepRows,
+        moving: Sequence[keras.Variable] = (),
+        order: ProgramOrder | None = None,
+    ) -> None:
         self._communicator, self._rows, self._moving = communicator, rows, list(moving)
+        self._order = order or ProgramOrder()
         # In float32 at least: the small steps of a half-precision variable would be lost in its own type.
         values = [variable.numpy() for variable in moving]
         self._moving_before = [np.array(value, np.promote_types(value.dtype, np.float32)) for value in values]
-        self._buffers: itertools.cycle[_FlatBuffer] | None = None
 
     def __call__(self, gradients: list[Any]) -> list[Any]:
         """Reduce over the ranks; all must call.
@@ -131,10 +140,13 @@ class GradientReducer:
         inputs = [*dense, *moving, *(g.values for g in sparse), *(g.indices for g in sparse)]
         counts = (len(dense), len(moving), len(sparse))
 
-        outputs = tf.numpy_function(lambda *arrays: self._reduce(arrays, counts), inputs, [i.dtype for i in inputs])
+        buffers = _Buffers()  # of this call: a step may apply other gradients elsewhere
+        outputs = self._order.call(
+            lambda *arrays: self._reduce(arrays, counts, buffers), inputs, [tensor.dtype for tensor in inputs]
+        )
         reduced, moved, values, indices = _split(outputs, counts)
         for tensor, local in zip([*reduced, *moved], [*dense, *moving], strict=True):
-            tensor.set_shape(local.shape)  # numpy_function does not know it
+            tensor.set_shape(local.shape)
         for variable, value in zip(self._moving, moved, strict=True):
             variable.assign(value)
         for value, index, local in zip(values, indices, sparse, strict=True):
@@ -147,13 +159,15 @@ class GradientReducer:
         whole = iter(reduced)
         return [g if g is None else next(slices) if isinstance(g, tf.IndexedSlices) else next(whole) for g in gradients]
 
-    def _reduce(self, arrays: Sequence[np.ndarray], counts: tuple[int, int, int]) -> list[np.ndarray]:
+    def _reduce(
+        self, arrays: Sequence[np.ndarray], counts: tuple[int, int, int], buffers: _Buffers
+    ) -> list[np.ndarray]:
         """The numpy side of a step. The arrays are TensorFlow's memory: only to be read."""
         dense, moving, values, indices = _split(arrays, counts)
         share = self._rows.share
         # Averaging what each rank *added* leaves a variable that nobody moves as it is, to the bit.
         added = [now - before for now, before in zip(moving, self._moving_before, strict=True)]
-        buffer = self._next_buffer([*dense, *added])
+        buffer = buffers.next([*dense, *added])
 
         buffer.fill([*dense, *added], share)
         self._communicator.allreduce(buffer.flat)
@@ -177,11 +191,17 @@ class GradientReducer:
         all_values = np.concatenate(self._communicator.allgather(weighted))
         return all_values.astype(values.dtype, copy=False), np.concatenate(self._communicator.allgather(indices))
 
-    def _next_buffer(self, arrays: Sequence[np.ndarray]) -> _FlatBuffer:
-        # Two buffers by turns: TensorFlow may still hold views of the last step's while this one is being filled.
-        if self._buffers is None:
-            self._buffers = itertools.cycle([_FlatBuffer(arrays), _FlatBuffer(arrays)])
-        return next(self._buffers)
+
+class _Buffers:
+    """Two flat buffers by turns: TensorFlow may still hold views of the last step's while this one's is being filled."""
+
+    def __init__(self) -> None:
+        self._turns: itertools.cycle[_FlatBuffer] | None = None
+
+    def next(self, arrays: Sequence[np.ndarray]) -> _FlatBuffer:
+        if self._turns is None:
+            self._turns = itertools.cycle([_FlatBuffer(arrays), _FlatBuffer(arrays)])
+        return next(self._turns)
 
 
 class _FlatBuffer:

@@ -23,10 +23,11 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
-from allreduce_spark.training.job import Job, seed_variables
+from allreduce_spark.training.job import Job, check_arrival, seed_variables
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
+from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.world import Membership, World
 
@@ -51,6 +52,7 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     # Loading needs nobody else, so it is done while the shards are still on their way to disk.
     _seed(job.config.seed, int(os.environ["PMI_RANK"]))
     model = load_model(job.model_path, custom_objects)
+    check_arrival(model, job)
 
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
@@ -112,9 +114,9 @@ def train(
     _make_randomness_differ(model, seed_states, rank)
     model.jit_compile = False  # XLA knows no way out of the graph to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
-    rows = StepRows()
-    distribute(model.optimizer, communicator, rows, moving_variables(model))
-    globalize_losses(model, communicator, rows)
+    rows, order = StepRows(), ProgramOrder()
+    distribute(model.optimizer, communicator, rows, moving_variables(model), order)
+    globalize_losses(model, communicator, rows, order)
     first = First(communicator, rows, data, validation, status, report)
     history = model.fit(
         data.dataset(),

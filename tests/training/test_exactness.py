@@ -334,3 +334,55 @@ def test_metrics_that_are_no_means_equal_those_of_one_process(fit_ranks, fit_ref
     parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data(SIZES[4])]
     config = FitConfig(epochs=2, batch_size=8, validation_split=0.3)
     assert_same_history(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class TwoLogs(OwnStep):
+    """Logs something beside the loss, so that Keras shows what the last step returned."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        return {"loss": logs["own_loss"], "extra": logs["own_loss"] * 2}
+
+
+def test_logs_that_are_no_metrics_are_the_mean_over_the_rows_of_the_last_step_on_every_rank(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(15)
+    model = TwoLogs()
+    model(np.zeros((1, 8), "float32"))
+    model.compile("sgd", "mse")
+    parts, config = dense_data(SIZES[4]), FitConfig(epochs=2, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert all(rank.history == ranks[0].history for rank in ranks)
+    assert_same_history(ranks, reference)
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class TwoApplies(keras.Model):
+    """One optimizer that is applied twice in a step, each time to other variables."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.first, self.second = keras.layers.Dense(3), keras.layers.Dense(3, use_bias=False)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        for layer in (self.first, self.second):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, self(x)))
+            gradients = tape.gradient(loss, layer.trainable_variables)
+            self.optimizer.apply(gradients, layer.trainable_variables)
+        return {"own_loss": loss}
+
+
+def test_an_optimizer_may_be_applied_twice_in_a_step(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(16)
+    model = TwoApplies()
+    model(np.zeros((1, 8), "float32"))
+    model.compile(keras.optimizers.SGD(0.1))
+    parts, config = dense_data(SIZES[3]), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))

@@ -12,7 +12,7 @@ import pytest
 
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.job import Job, make_job
+from allreduce_spark.training.job import Job, check_arrival, make_job
 from allreduce_spark.training.model_bytes import (
     custom_objects_of,
     load_model,
@@ -151,3 +151,40 @@ def test_a_truncated_archive_is_a_clear_error(tmp_path):
     path.write_bytes(model_to_bytes(custom_model())[:500])
     with pytest.raises(ConfigError, match="cannot be loaded on the executors"):
         load_model(path, {})
+
+
+def test_two_custom_functions_of_one_name_are_refused():
+    def make(scale):
+        def loss(y_true, y_pred):
+            return scale * own_loss(y_true, y_pred)
+
+        return loss
+
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, [keras.layers.Dense(1)(inputs), keras.layers.Dense(1)(inputs)])
+    model.compile("sgd", [make(1.0), make(100.0)])
+    with pytest.raises(ConfigError, match="two different things that are both called 'loss'"):
+        custom_objects_of(model)
+
+
+@keras.saving.register_keras_serializable("test_model_bytes")
+class Frozen(keras.Model):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.first, self.second = keras.layers.Dense(2), keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_layer_that_the_archive_would_thaw_is_refused(tmp_path):
+    model = Frozen()
+    model(np.zeros((1, 2)))
+    model.first.trainable = False
+    model.compile("sgd", "mse")
+    job = make_job(model, {}, [], FitConfig(), Timeouts())
+    for name, content in job.files().items():
+        (tmp_path / name).write_bytes(content)
+    arrived = load_model(Job.read(tmp_path).model_path, {})
+    with pytest.raises(ConfigError, match="was set after the model was made"):
+        check_arrival(arrived, Job.read(tmp_path))
