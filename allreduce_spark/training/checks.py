@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 import keras
+import numpy as np
 
 from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
@@ -40,6 +41,7 @@ def check_model(model: object) -> keras.Model:
             f"the layers {synchronized} ask for statistics over all replicas (synchronized=True), which is not supported: "
             "each rank normalises with its own batch. Leave the argument out."
         )
+    _refuse_activity_sums(model)
     metric_variables(model)
     _refuse_half_built(model)
     return model
@@ -171,6 +173,22 @@ def _refuse_losses_without_reduction(model: keras.Model) -> None:
             raise ConfigError(
                 f"the loss {loss.name!r} has reduction={loss.reduction!r}, so it is a number per row and there is no mean "
                 "over the global batch. Use 'sum_over_batch_size', 'mean_with_sample_weight' or 'sum'."
+            )
+
+
+def _refuse_activity_sums(model: keras.Model) -> None:
+    """Older Keras adds activity regularizers up over a batch, newer takes the mean: only the mean can be weighed by rows."""
+    regularized = [layer.name for layer in model._flatten_layers() if getattr(layer, "activity_regularizer", None)]
+    if regularized:
+        probe = keras.layers.Activation("linear", activity_regularizer="l2")
+        losses = []
+        for rows in (1, 2):
+            probe(np.ones((rows, 1), "float32"))
+            losses.append(float(probe.losses[0]))
+        if losses[0] != losses[1]:
+            raise ConfigError(
+                f"the layers {regularized} have an activity_regularizer, which Keras {keras.__version__} adds up over the "
+                "rows of a batch, so its weight would change with the number of ranks. Newer versions of Keras take the mean."
             )
 
 
