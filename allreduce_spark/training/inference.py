@@ -61,13 +61,12 @@ def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
     Raises:
         DataError: A row is not fit for the model.
     """
-    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-        batches = _batches(blocks, Path(folder) / "rows.arrow", task.batch_size)
-        if batches is None:
-            return None
-        model = _model(task)
-        check_inputs(model, batches.spec)
-        return model.predict(batches.dataset(), verbose=0)
+    batches = _batches(blocks, task.batch_size)
+    if batches is None:
+        return None
+    model = _model(task)
+    check_inputs(model, batches.spec)
+    return model.predict(batches.dataset(), verbose=0)
 
 
 def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetrics | None:
@@ -76,18 +75,17 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
     Raises:
         DataError: A row is not fit for the model.
     """
-    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-        batches = _batches(blocks, Path(folder) / "rows.arrow", task.batch_size)
-        if batches is None:
-            return None
-        model = _model(task)
-        check_labels(model, batches.spec)
-        check_inputs(model, batches.spec)
-        model.evaluate(batches.dataset(), verbose=0)
-        state = [value_of(variable) for variable in metric_variables(model)]
-        model.reset_metrics()
-        initial = [value_of(variable) for variable in metric_variables(model)]
-        return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
+    batches = _batches(blocks, task.batch_size)
+    if batches is None:
+        return None
+    model = _model(task)
+    check_labels(model, batches.spec)
+    check_inputs(model, batches.spec)
+    model.evaluate(batches.dataset(), verbose=0)
+    state = [value_of(variable) for variable in metric_variables(model)]
+    model.reset_metrics()
+    initial = [value_of(variable) for variable in metric_variables(model)]
+    return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
 
 
 def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, Any]:
@@ -95,14 +93,11 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, An
 
     A metric that gives one number per class, such as F1Score, is an array.
     """
-    batch = parts[0].example
-    model.evaluate(*batch, verbose=0) if len(batch) < 3 else model.evaluate(
-        batch[0], batch[1], sample_weight=batch[2], verbose=0
-    )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(parts[0].example)
+    model.evaluate(x, y, sample_weight=sample_weight, verbose=0)  # builds the metrics
     variables = metric_variables(model)
-    for variable, value in zip(
-        variables, combine_states(variables, parts[0].initial, [p.state for p in parts]), strict=True
-    ):
+    combined = combine_states(variables, parts[0].initial, [part.state for part in parts])
+    for variable, value in zip(variables, combined, strict=True):
         variable.assign(value)
     values = {name: np.asarray(value) for name, value in model.get_metrics_result().items()}
     result = {name: value if value.ndim else float(value) for name, value in values.items()}
@@ -110,14 +105,19 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, An
     return result
 
 
-def _batches(blocks: Iterable[bytes], path: Path, batch_size: int) -> ShardBatches | None:
-    """Spool the rows, so that a partition may be larger than memory, and cut them into batches."""
-    with ShardWriter(path) as writer:
-        for block in blocks:
-            writer.write(decode_block(block))
-    if not writer.rows:
-        return None
-    return ShardBatches(Shard.open(path), BatchPlan((writer.rows,), batch_size), rank=0)
+def _batches(blocks: Iterable[bytes], batch_size: int) -> ShardBatches | None:
+    """Spool the rows, so that a partition may be larger than memory, and cut them into batches.
+
+    The file has no name any more when this returns: it ends with its mapping, however this process ends.
+    """
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        path = Path(folder) / "rows.arrow"
+        with ShardWriter(path) as writer:
+            for block in blocks:
+                writer.write(decode_block(block))
+        if not writer.rows:
+            return None
+        return ShardBatches(Shard.open(path), BatchPlan((writer.rows,), batch_size), rank=0)
 
 
 _last: tuple[bytes, keras.Model] | None = None
