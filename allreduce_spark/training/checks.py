@@ -204,7 +204,9 @@ def _refuse_half_built(model: keras.Model) -> None:
 
 def _refuse_hidden_optimizers(model: keras.Model) -> None:
     for name, value in vars(model).items():
-        held = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        held = [value]
+        if not name.startswith("_"):  # Keras's own books hold every optimizer a second time
+            held += value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else []
         if any(isinstance(part, keras.optimizers.Optimizer) and part is not model.optimizer for part in held):
             raise ConfigError(
                 f"the model has a second optimizer, {name!r}. Only the one that compile() was given reduces its gradients "
