@@ -5,38 +5,28 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import secrets
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyspark import RDD, SparkContext
+from pyspark import RDD
 from pyspark.sql import DataFrame
 
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.rendezvous.group import Join
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.rendezvous.server import Rendezvous
-from allreduce_spark.spark.approval import approve
+from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display
 from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
 from allreduce_spark.spark.stage import (
-    StageTask,
     active_context,
     check_cluster,
     count_slots,
-    driver_addresses,
-    run_stage,
 )
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
-from allreduce_spark.training.job import Job, make_job, pickle_objects
+from allreduce_spark.training.job import pickle_objects
 from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
-from allreduce_spark.training.result import take_over
 
 if TYPE_CHECKING:
     import keras
@@ -152,42 +142,16 @@ class SparkModel:
             context = active_context()
             num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
             shards = shards_of(context, data, validation_data, columns, num_ranks)
-            job = make_job(self.model, self._custom_objects, users, config, self.timeouts)
-            approval = partial(
-                approve, model=self.model, config=config, with_validation_data=validation_data is not None
+            return run_fit(
+                context,
+                self.model,
+                Rows(shards, num_ranks, with_validation=validation_data is not None),
+                config,
+                callbacks=users,
+                custom_objects=self._custom_objects,
+                timeouts=self.timeouts,
+                spectator=display,
             )
-            with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-                result = Path(folder) / "result"
-                self._train(context, shards, job, num_ranks, approval, display, result)
-                return take_over(self.model, result)
-
-    def _train(
-        self,
-        context: SparkContext,
-        shards: RDD[bytes],
-        job: Job,
-        num_ranks: int,
-        approval: Callable[[Sequence[Join]], dict[str, Any]],
-        display: Display,
-        result: Path,
-    ) -> None:
-        """Bring up the rendezvous, run the barrier stage, and leave what the root sends in the file `result`."""
-        key = secrets.token_bytes(32)
-        listen_host, reachable_host = driver_addresses(context)
-        with result.open("wb") as file:
-            rendezvous = Rendezvous(
-                num_ranks,
-                key,
-                self.timeouts,
-                approve=approval,
-                on_progress=display.report,
-                on_result=file.write,
-            )
-            with contextlib.closing(rendezvous):
-                _, port = rendezvous.start(listen_host)
-                task = StageTask(num_ranks, (reachable_host, port), key, self.timeouts, job.files())
-                display.show_phase(Phase.START)
-                run_stage(context, shards, rendezvous, task, display.draw)
 
     def evaluate(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,9 @@ from allreduce_spark.errors import ConfigError
 
 __all__ = ["custom_objects_of", "load_model", "load_state", "model_to_bytes", "read_about", "save_state"]
 
+# Keras saves and loads through state that all threads share; fits may run at once (`CrossValidator(parallelism=2)`).
+_one_at_a_time = threading.RLock()
+
 
 def model_to_bytes(model: keras.Model) -> bytes:
     """The model with weights, compile settings and optimizer state, as a `.keras` archive.
@@ -32,7 +36,7 @@ def model_to_bytes(model: keras.Model) -> bytes:
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
         path = Path(folder) / "model.keras"
         try:
-            with warnings.catch_warnings():
+            with _one_at_a_time, warnings.catch_warnings():
                 # Unbuilt models are fine: the ranks build them from the data.
                 warnings.filterwarnings("ignore", message=".*not yet been built.*")
                 model.save(path)
@@ -53,7 +57,7 @@ def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
         ConfigError: Keras cannot load the model, or cannot compile it as it was.
     """
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with _one_at_a_time, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = keras.saving.load_model(path, custom_objects=dict(custom_objects), compile=True, safe_mode=False)
     except Exception as error:

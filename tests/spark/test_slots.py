@@ -1,0 +1,95 @@
+"""Fits that run at once in one driver take turns for the slots."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+import numpy as np
+import pytest
+
+from allreduce_spark import SparkModel, Timeouts
+from allreduce_spark.spark.slots import hold_slots
+
+
+class Holders:
+    """Threads that hold slots until they are told to let go; says who holds them, in the order in which they got them."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.order: list[str] = []
+        self.got = threading.Semaphore(0)
+
+    def start(self, name: str, num_ranks: int) -> threading.Event:
+        let_go = threading.Event()
+
+        def hold() -> None:
+            with hold_slots(num_ranks, lambda: self.total):
+                self.order.append(name)
+                self.got.release()
+                assert let_go.wait(30)
+
+        threading.Thread(target=hold, daemon=True).start()
+        return let_go
+
+
+def test_fits_that_fit_side_by_side_do_not_wait():
+    holders = Holders(total=4)
+    one, two = holders.start("one", 2), holders.start("two", 2)
+    assert holders.got.acquire(timeout=10)
+    assert holders.got.acquire(timeout=10)
+    one.set()
+    two.set()
+
+
+def test_a_small_fit_does_not_overtake_a_large_one_that_waits():
+    holders = Holders(total=2)
+    first = holders.start("first", 1)
+    assert holders.got.acquire(timeout=10)
+    large = holders.start("large", 2)
+    while not_yet_waiting():
+        pass
+    small = holders.start("small", 1)
+    assert not holders.got.acquire(timeout=0.7)  # neither: the large one lacks a slot, the small one its turn
+    first.set()
+    assert holders.got.acquire(timeout=10)
+    large.set()
+    assert holders.got.acquire(timeout=10)
+    small.set()
+    assert holders.order == ["first", "large", "small"]
+
+
+def not_yet_waiting() -> bool:
+    from allreduce_spark.spark import slots
+
+    return not slots._waiting
+
+
+def test_a_fit_that_needs_more_than_there_is_runs_alone():
+    with hold_slots(5, lambda: 2):
+        pass
+
+
+def test_an_error_gives_the_slots_back():
+    with pytest.raises(ZeroDivisionError), hold_slots(2, lambda: 2):
+        raise ZeroDivisionError
+    with hold_slots(2, lambda: 2):
+        pass
+
+
+@pytest.mark.spark
+def test_two_threads_that_each_want_all_slots_both_train(spark):
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
+    y = x.sum(axis=1)
+
+    def fit(seed: int) -> list[float]:
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        # Were the second fit submitted at once, it would wait inside Spark for longer than this start_s.
+        spark_model = SparkModel(model, num_ranks=2, timeouts=Timeouts(start_s=4.0))
+        return spark_model.fit((x, y), epochs=20, batch_size=8, verbose=0, seed=seed).history["loss"]
+
+    with ThreadPoolExecutor(2) as pool:
+        losses = list(pool.map(fit, (1, 2)))
+    assert all(loss[-1] < 0.1 * loss[0] for loss in losses)
