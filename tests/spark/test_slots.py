@@ -9,8 +9,10 @@ import keras
 import numpy as np
 import pytest
 
-from allreduce_spark import SparkModel, Timeouts
+from allreduce_spark import SparkModel
+from allreduce_spark.spark import fit, slots
 from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.spark.stage import run_stage
 
 
 class Holders:
@@ -61,8 +63,6 @@ def test_a_small_fit_does_not_overtake_a_large_one_that_waits():
 
 
 def not_yet_waiting() -> bool:
-    from allreduce_spark.spark import slots
-
     return not slots._waiting
 
 
@@ -79,17 +79,27 @@ def test_an_error_gives_the_slots_back():
 
 
 @pytest.mark.spark
-def test_two_threads_that_each_want_all_slots_both_train(spark):
+def test_two_threads_that_each_want_all_slots_train_one_after_the_other(spark, monkeypatch):
     x = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
     y = x.sum(axis=1)
+    running, most = [], []
 
-    def fit(seed: int) -> list[float]:
+    def watched(*arguments):
+        running.append(1)
+        most.append(len(running))
+        try:
+            return run_stage(*arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(fit, "run_stage", watched)
+
+    def train(seed: int) -> list[float]:
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
         model.compile(keras.optimizers.SGD(0.1), "mse")
-        # Were the second fit submitted at once, it would wait inside Spark for longer than this start_s.
-        spark_model = SparkModel(model, num_ranks=2, timeouts=Timeouts(start_s=4.0))
-        return spark_model.fit((x, y), epochs=20, batch_size=8, verbose=0, seed=seed).history["loss"]
+        return SparkModel(model, num_ranks=2).fit((x, y), epochs=20, batch_size=8, verbose=0, seed=seed).history["loss"]
 
     with ThreadPoolExecutor(2) as pool:
-        losses = list(pool.map(fit, (1, 2)))
+        losses = list(pool.map(train, (1, 2)))
+    assert most == [1, 1]
     assert all(loss[-1] < 0.1 * loss[0] for loss in losses)
