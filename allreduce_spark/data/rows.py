@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from allreduce_spark.data.blocks import BLOCK_BYTES, BlockDealer, batch_of
+from allreduce_spark.data.blocks import BLOCK_BYTES, BlockDealer, ErrorBlock, batch_of, encode_error
 from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, describe, flatten
 from allreduce_spark.data.values import as_array, cast, check_label, leaf_of
 from allreduce_spark.errors import DataError
@@ -35,11 +35,13 @@ def rows_to_blocks(
 
     Yields:
         (shard, block): every row in exactly one block, dealt out as `BlockDealer` says. If a row cannot be trained on,
-        the last block is an error block and no more rows are read. What `rows` itself raises passes through.
+        the last block is an error block and no more rows are read. A `DataError` that `rows` itself raises becomes an
+        error block as it is; what else it raises passes through.
     """
     dealer = BlockDealer(partition=partition, role=role, num_shards=num_shards, block_bytes=block_bytes)
     buffer: RowBuffer | None = None
-    for number, row in enumerate(rows):
+    refused: list[DataError] = []
+    for number, row in enumerate(_until_refused(rows, refused)):
         try:
             if buffer is None:
                 buffer = RowBuffer(spec_of_row(row), dealer.buffer_bytes)
@@ -49,8 +51,19 @@ def rows_to_blocks(
             return
         if buffer.is_full:
             yield from dealer.deal(*buffer.drain())
-    if buffer is not None and len(buffer):
+    if refused:
+        message = str(refused[0])
+        yield partition % num_shards, encode_error(ErrorBlock(message, role, partition, row=None))
+    elif buffer is not None and len(buffer):
         yield from dealer.deal(*buffer.drain())
+
+
+def _until_refused(rows: Iterable[Any], refused: list[DataError]) -> Iterator[Any]:
+    """The rows up to one that their own source refuses, such as the functions of `spark.adapters`."""
+    try:
+        yield from rows
+    except DataError as error:
+        refused.append(error)
 
 
 def spec_of_row(row: Any) -> RowSpec:
