@@ -14,18 +14,17 @@ from typing import Any
 
 import pyarrow as pa
 from pyspark import RDD, SparkContext, TaskContext
-from pyspark.ml.functions import vector_to_array
-from pyspark.ml.linalg import VectorUDT
-from pyspark.mllib.linalg import VectorUDT as OldVectorUDT
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from allreduce_spark.data.arrays import arrays_to_blocks
+from allreduce_spark.data.columns import check_columns
+from allreduce_spark.data.forms import TableForm
 from allreduce_spark.data.rows import rows_to_blocks
-from allreduce_spark.data.tables import check_columns, table_to_blocks
+from allreduce_spark.data.tables import table_to_blocks
 from allreduce_spark.errors import DataError
 
-__all__ = ["Columns", "blocks_of", "shards_of"]
+__all__ = ["Columns", "FormedTable", "blocks_of", "select_columns", "shards_of"]
 
 # So much of the driver's arrays goes to each rank in one task; more takes the way of an RDD, through a shuffle.
 DIRECT_BYTES_PER_RANK = 512 << 20
@@ -45,6 +44,23 @@ class Columns:
     features: tuple[str, ...] = ("features",)
     label: tuple[str, ...] = ("label",)
     weight: str | None = None
+
+    @property
+    def form(self) -> TableForm:
+        return TableForm.of_columns(self.features, self.label, self.weight)
+
+
+@dataclass(frozen=True)
+class FormedTable:
+    """A DataFrame of which more is known than the names of its columns: the way of the Spark ML estimator.
+
+    Attributes:
+        frame: The rows.
+        form: What to make of their columns.
+    """
+
+    frame: DataFrame
+    form: TableForm
 
 
 def shards_of(context: SparkContext, data: Any, validation: Any, columns: Columns, num_ranks: int) -> RDD[bytes]:
@@ -94,7 +110,9 @@ def _pairs(data: Any, role: str, columns: Columns, num_shards: int) -> list[tupl
     if isinstance(data, RDD):
         return data.mapPartitionsWithIndex(partial(_blocks_of_rows, role=role, num_shards=num_shards))
     if isinstance(data, DataFrame):
-        return _pairs_of_frame(data, role, columns, num_shards)
+        data = FormedTable(data, columns.form)
+    if isinstance(data, FormedTable):
+        return _pairs_of_table(data, role, num_shards)
     if isinstance(data, (tuple, list)) and len(data) in (1, 2, 3):
         return list(arrays_to_blocks(*data, role=role, num_shards=num_shards))
     raise DataError(
@@ -125,40 +143,33 @@ def _blocks_of_rows(partition: int, rows: Iterable[Any], *, role: str, num_shard
     return rows_to_blocks(rows, partition=partition, role=role, num_shards=num_shards)
 
 
-def _pairs_of_frame(frame: DataFrame, role: str, columns: Columns, num_shards: int) -> RDD[tuple[int, bytes]]:
-    selected = _select(frame, columns)
-    check_columns(to_arrow_schema(selected.schema), **_names(columns))
-    task = partial(_blocks_of_batches, columns=columns, role=role, num_shards=num_shards)
+def _pairs_of_table(table: FormedTable, role: str, num_shards: int) -> RDD[tuple[int, bytes]]:
+    selected = select_columns(table.frame, table.form)
+    task = partial(_blocks_of_batches, form=table.form, role=role, num_shards=num_shards)
     return selected.mapInArrow(task, "shard int, block binary").rdd.map(_pair)
 
 
-def _names(columns: Columns) -> dict[str, Any]:
-    return {"features": columns.features, "label": columns.label, "weight": columns.weight}
+def select_columns(frame: DataFrame, form: TableForm) -> DataFrame:
+    """The columns that are needed.
 
-
-def _select(frame: DataFrame, columns: Columns) -> DataFrame:
-    """The columns that are needed, ML vectors as arrays."""
-    wanted = [*columns.features, *columns.label, *([columns.weight] if columns.weight else [])]
-    missing = [name for name in wanted if name not in frame.columns]
-    if missing:
-        raise DataError(f"the DataFrame has no column {missing[0]!r}; its columns are {frame.columns}")
-    types = {field.name: field.dataType for field in frame.schema.fields}
-
-    def column(name: str) -> Column:
-        quoted = frame[f"`{name.replace('`', '``')}`"]  # a dot in a name would mean a part of a struct
-        return vector_to_array(quoted).alias(name) if isinstance(types[name], (VectorUDT, OldVectorUDT)) else quoted
-
-    return frame.select([column(name) for name in dict.fromkeys(wanted)])
+    Raises:
+        DataError: One is missing, or of a type that cannot be made into what is asked for.
+    """
+    missing = next((name for name in form.columns if name not in frame.columns), None)
+    if missing is not None:
+        raise DataError(f"the DataFrame has no column {missing!r}; its columns are {frame.columns}")
+    # Quoted: a dot in a name would mean a part of a struct.
+    selected = frame.select([frame[f"`{name.replace('`', '``')}`"] for name in form.columns])
+    check_columns(to_arrow_schema(selected.schema), form)
+    return selected
 
 
 def _blocks_of_batches(
-    batches: Iterable[pa.RecordBatch], *, columns: Columns, role: str, num_shards: int
+    batches: Iterable[pa.RecordBatch], *, form: TableForm, role: str, num_shards: int
 ) -> Iterator[pa.RecordBatch]:
     context = TaskContext.get()
     assert context is not None
-    pairs = table_to_blocks(
-        batches, **_names(columns), partition=context.partitionId(), role=role, num_shards=num_shards
-    )
+    pairs = table_to_blocks(batches, form, partition=context.partitionId(), role=role, num_shards=num_shards)
     for shard, block in pairs:
         yield pa.RecordBatch.from_pydict(
             {"shard": pa.array([shard], pa.int32()), "block": pa.array([block], pa.binary())}

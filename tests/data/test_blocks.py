@@ -14,6 +14,7 @@ from allreduce_spark.data import (
     Block,
     ErrorBlock,
     RowSpec,
+    TableForm,
     arrays_to_blocks,
     check_columns,
     common_spec,
@@ -34,10 +35,8 @@ def from_rows(rows, *, partition=0, num_shards=1, **kwargs):
 
 
 def from_table(batches, features=("f",), label=("l",), weight=None, *, partition=0, num_shards=1, **kwargs):
-    pairs = table_to_blocks(
-        iter(batches), features=features, label=label, weight=weight,
-        partition=partition, role="train", num_shards=num_shards, **kwargs,
-    )  # fmt: skip
+    form = TableForm.of_columns(features, label, weight)
+    pairs = table_to_blocks(iter(batches), form, partition=partition, role="train", num_shards=num_shards, **kwargs)
     return [(shard, decode_block(data)) for shard, data in pairs]
 
 
@@ -468,7 +467,7 @@ def test_the_length_of_lists_must_be_the_same_in_all_batches():
     ("columns", "arguments", "message"),
     [
         ({"f": pa.array([b"a"])}, {}, "column 'f' is of type binary, .* decode the bytes"),
-        ({"f": pa.array([{"type": 1}])}, {}, "column 'f' is of type struct.*vector_to_array"),
+        ({"f": pa.array([{"type": 1}])}, {}, "column 'f' is of type struct.*name its fields"),
         ({"f": pa.array([decimal.Decimal("1.5")])}, {}, "column 'f' is of type decimal.* cast it to double"),
         ({"f": pa.array([datetime.date(2020, 1, 1)])}, {}, "column 'f' is of type date32.*unix_timestamp"),
         ({"f": pa.array([None])}, {}, "column 'f' is of type null"),
@@ -484,7 +483,7 @@ def test_columns_of_the_wrong_type_are_refused_on_the_driver_and_in_the_task(col
     batch = pa.record_batch({"l": pa.array([0]), **columns}).select(["f", "l"])
     arguments = {"features": ["f"], "label": ["l"], "weight": None, **arguments}
     with pytest.raises(DataError, match=message):
-        check_columns(batch.schema, **arguments)
+        check_columns(batch.schema, TableForm.of_columns(**arguments))
     error = error_of(from_table([batch], **arguments, partition=2))
     assert error.row is None
     with pytest.raises(DataError, match=f"in partition 2, {message}"):
