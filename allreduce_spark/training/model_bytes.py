@@ -6,11 +6,14 @@ the names travels beside it, as what `custom_objects_of` finds.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,19 @@ from safetensors.numpy import save_file
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["custom_objects_of", "load_model", "load_state", "model_to_bytes", "read_about", "save_state"]
+__all__ = [
+    "custom_objects_of",
+    "keras_lock",
+    "load_model",
+    "load_state",
+    "model_to_bytes",
+    "read_about",
+    "save_keras",
+    "save_state",
+]
 
 # Keras saves and loads through state that all threads share; fits may run at once (`CrossValidator(parallelism=2)`).
-_one_at_a_time = threading.RLock()
+keras_lock = threading.RLock()
 
 
 def model_to_bytes(model: keras.Model) -> bytes:
@@ -36,16 +48,49 @@ def model_to_bytes(model: keras.Model) -> bytes:
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
         path = Path(folder) / "model.keras"
         try:
-            with _one_at_a_time, warnings.catch_warnings():
-                # Unbuilt models are fine: the ranks build them from the data.
-                warnings.filterwarnings("ignore", message=".*not yet been built.*")
-                model.save(path)
+            save_keras(model, path)
         except Exception as error:
             raise ConfigError(
                 f"Keras cannot save the model {model.name!r}, so it cannot be sent to the ranks: {error}. Custom layers and "
                 "models need a get_config method (see keras.saving)."
             ) from error
         return path.read_bytes()
+
+
+def save_keras(model: keras.Model, path: Path) -> None:
+    """`model.save`, from any thread. What Keras raises passes through."""
+    with keras_lock, _whole_configs(model), warnings.catch_warnings():
+        # Unbuilt models are fine: whoever loads them builds them from the data.
+        warnings.filterwarnings("ignore", message=".*not yet been built.*")
+        model.save(path)
+
+
+@contextlib.contextmanager
+def _whole_configs(model: keras.Model) -> Iterator[None]:
+    """Mend what Keras forgets in `get_config`: `Huber(delta=0.5)` would come back with delta 1, a cosine without its axis."""
+    mended = []
+    for part in _parts_of_compile(model):
+        forgotten = _forgotten_settings(part)
+        if forgotten and "get_config" not in vars(part):
+            part.get_config = partial(_merged, part.get_config, forgotten)
+            mended.append(part)
+    try:
+        yield
+    finally:
+        for part in mended:
+            del part.get_config
+
+
+def _forgotten_settings(part: Any) -> dict[str, Any]:
+    """The arguments of a loss or metric of Keras's that its config does not hold, though its constructor takes them."""
+    if not _is_builtin(type(part)) or not getattr(part, "_fn_kwargs", None):
+        return {}
+    config, taken = part.get_config(), inspect.signature(type(part).__init__).parameters
+    return {name: value for name, value in part._fn_kwargs.items() if name in taken and name not in config}
+
+
+def _merged(get_config: Callable[[], dict[str, Any]], more: Mapping[str, Any]) -> dict[str, Any]:
+    return {**get_config(), **more}
 
 
 def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
@@ -57,7 +102,7 @@ def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
         ConfigError: Keras cannot load the model, or cannot compile it as it was.
     """
     try:
-        with _one_at_a_time, warnings.catch_warnings(record=True) as caught:
+        with keras_lock, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             model = keras.saving.load_model(path, custom_objects=dict(custom_objects), compile=True, safe_mode=False)
     except Exception as error:

@@ -188,3 +188,23 @@ def test_a_layer_that_the_archive_would_thaw_is_refused(tmp_path):
     arrived = load_model(Job.read(tmp_path).model_path, {})
     with pytest.raises(ConfigError, match="was set after the model was made"):
         check_arrival(arrived, Job.read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("loss", "metric"),
+    [
+        (keras.losses.Huber(delta=0.25), keras.metrics.CosineSimilarity(axis=0)),
+        (keras.losses.CosineSimilarity(axis=0), keras.metrics.SparseTopKCategoricalAccuracy(k=2, from_sorted_ids=True)),
+    ],
+)
+def test_settings_that_keras_forgets_to_save_arrive(tmp_path, loss, metric):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", loss, metrics=[metric])
+    before = [loss.get_config(), metric.get_config()]
+    path = tmp_path / "model.keras"
+    path.write_bytes(model_to_bytes(model))
+    arrived = load_model(path, {})
+    assert arrived.loss._fn_kwargs == loss._fn_kwargs
+    compiled = arrived._compile_config.config["metrics"][0]
+    assert compiled._fn_kwargs == metric._fn_kwargs
+    assert [loss.get_config(), metric.get_config()] == before  # mended for the moment of saving only

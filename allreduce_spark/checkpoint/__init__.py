@@ -1,0 +1,1 @@
+"""What outlives a process: files on any file system, complete or absent."""

@@ -1,0 +1,130 @@
+"""Whole files on any file system that pyarrow knows, complete or absent: nobody ever sees half of one.
+
+A place is a local path, or a URI such as `s3://bucket/models/digits.keras`, `hdfs://namenode:8020/models/digits.keras`, `gs://...`
+or `file:///...`. Credentials and options are those of `pyarrow.fs.FileSystem.from_uri`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+from pyarrow import fs
+
+from allreduce_spark.errors import ConfigError
+
+__all__ = ["check_absent", "fetch_file", "put_file"]
+
+PIECE_BYTES = 16 << 20
+
+
+def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Copy a local file to `destination`, and make folders on the way.
+
+    It is written under another name beside the destination first and gets its own in one step. Local files, and HDFS's, are on
+    disk when this returns.
+
+    Raises:
+        ConfigError: The destination exists and `overwrite` is False, or it cannot be written.
+    """
+    check_absent(destination, overwrite=overwrite)
+    system, path = _locate(destination)
+    parent, _, name = path.rpartition("/")
+    partial = f"{parent}/.{name}.{secrets.token_hex(4)}.partial"
+    with _explained(destination, "written"):
+        try:
+            if parent:
+                system.create_dir(parent, recursive=True)
+            _upload(local, system, partial)
+            _rename(system, partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # it may never have come to be; the first error is the one to hear of
+                system.delete_file(partial)
+            raise
+
+
+def fetch_file(source: str | os.PathLike[str], folder: Path) -> Path:
+    """A local path to the file at `source`: its own where it is local, else that of a copy in `folder`, of the same name.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be read.
+    """
+    system, path = _locate(source)
+    with _explained(source, "read"):
+        kind = system.get_file_info(path).type
+        if kind != fs.FileType.File:
+            found = "it is a folder" if kind == fs.FileType.Directory else "there is no such file"
+            raise ConfigError(f"{os.fspath(source)!r} cannot be read: {found}.")
+        if isinstance(system, fs.LocalFileSystem):
+            return Path(path)
+        copy = folder / path.rpartition("/")[2]
+        with system.open_input_stream(path) as stream, copy.open("wb") as file:
+            shutil.copyfileobj(stream, file, PIECE_BYTES)
+        return copy
+
+
+def check_absent(destination: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Make sure that a file may be written there, before the work of making it.
+
+    Raises:
+        ConfigError: It exists and `overwrite` is False, or it is a folder.
+    """
+    system, path = _locate(destination)
+    with _explained(destination, "written"):
+        kind = system.get_file_info(path).type
+    if kind == fs.FileType.Directory:
+        raise ConfigError(f"{os.fspath(destination)!r} cannot be written: it is a folder.")
+    if kind != fs.FileType.NotFound and not overwrite:
+        raise ConfigError(f"{os.fspath(destination)!r} exists already; pass overwrite=True to replace it.")
+
+
+def _locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
+    """The file system of a place, and the path in it."""
+    text = os.fspath(place)
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"a file needs a path or a URI, got {place!r}.")
+    if "://" not in text:
+        return fs.LocalFileSystem(), os.path.abspath(text)
+    with _explained(text, "reached"):
+        system, path = fs.FileSystem.from_uri(text)
+        return system, path
+
+
+def _upload(local: Path, system: fs.FileSystem, path: str) -> None:
+    if isinstance(system, fs.LocalFileSystem):
+        with local.open("rb") as source, open(path, "wb") as file:
+            shutil.copyfileobj(source, file, PIECE_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+        return
+    with local.open("rb") as source, system.open_output_stream(path) as stream:
+        shutil.copyfileobj(source, stream, PIECE_BYTES)
+    written, expected = system.get_file_info(path).size, local.stat().st_size
+    if written != expected:
+        raise OSError(f"{written} of {expected} bytes have arrived")
+
+
+def _rename(system: fs.FileSystem, source: str, destination: str) -> None:
+    if isinstance(system, fs.LocalFileSystem):
+        os.replace(source, destination)
+        folder = os.open(os.path.dirname(destination), os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or the new name would be lost with the machine's power
+        finally:
+            os.close(folder)
+    else:
+        system.move(source, destination)
+
+
+@contextlib.contextmanager
+def _explained(place: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Errors of file systems as ConfigError with the place in it: their own often do not name it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{os.fspath(place)!r} cannot be {what}: {error}") from error
