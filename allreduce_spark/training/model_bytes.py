@@ -147,7 +147,9 @@ def _parts_of_layers(model: keras.Model) -> Iterator[Any]:
 
 
 def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
-    """Loss, metrics and optimizer, with the functions and schedules in them."""
+    """Loss, metrics and optimizer, with the functions and schedules in them; nothing of a model that is not compiled."""
+    if not model.compiled:
+        return
     compiled = model._compile_config.config if model._compile_config is not None else {}
     parts = [model.optimizer, *(compiled.get(key) for key in ("loss", "metrics", "weighted_metrics"))]
     yield from (part for part in keras.tree.flatten(parts) if part is not None and not isinstance(part, str))
