@@ -10,7 +10,7 @@ from typing import Any
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["FitConfig", "Timeouts", "check_num_ranks"]
+__all__ = ["FitConfig", "Timeouts", "check_num_ranks", "check_sync_every"]
 
 MAX_RANKS = 4096
 
@@ -70,6 +70,7 @@ class FitConfig:
         validation_freq: Validate after every so many epochs.
         shuffle: Draw a new order of each shard's rows for every epoch, from (seed, epoch, rank).
         class_weight: From class index to the weight of its rows in the loss, or None.
+        sync_every: After how many steps the ranks combine what they have learnt: 1, k > 1, or "epoch".
         seed: Seed of shuffling and of everything random in the ranks, 0 <= seed < 2**32.
     """
 
@@ -81,6 +82,7 @@ class FitConfig:
     validation_freq: int = 1
     shuffle: bool = True
     class_weight: dict[int, float] | None = None
+    sync_every: int | str = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -105,6 +107,7 @@ class FitConfig:
             raise ConfigError(f"shuffle must be True or False, got {self.shuffle!r}.")
         if self.class_weight is not None:
             _check_class_weight(self.class_weight)
+        check_sync_every(self.sync_every)
 
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON values; `from_json` is the way back."""
@@ -126,6 +129,16 @@ def check_num_ranks(num_ranks: object) -> int:
     if count > MAX_RANKS:
         raise ConfigError(f"num_ranks={count} is more than this library is made for ({MAX_RANKS}).")
     return count
+
+
+def check_sync_every(sync_every: object) -> int | str:
+    """Return `sync_every`, or raise ConfigError where it is neither a number of steps nor "epoch"."""
+    if sync_every == "epoch":
+        return "epoch"
+    if isinstance(sync_every, str):
+        raise ConfigError(f"sync_every must be a number of steps, or 'epoch', got {sync_every!r}.")
+    _check_count("sync_every", sync_every, at_least=1)
+    return int(sync_every)  # type: ignore[call-overload]
 
 
 def _python_number(value: Any) -> Any:

@@ -21,6 +21,7 @@ from allreduce_spark.communicator.base import Communicator, ReduceOp
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.metrics import MetricState
 from allreduce_spark.training.optimizer import StepRows
 
@@ -56,6 +57,7 @@ class First(keras.callbacks.Callback):
     Args:
         communicator: The group.
         rows: Told at every step how many rows count.
+        local: Told at every step that it takes; None where every step is one of all ranks.
         train, validation: This rank's batches; there may be none to validate on.
         status: Told at every step where this rank is.
         report: Called with progress for the driver now and then, on the root; None elsewhere.
@@ -65,13 +67,14 @@ class First(keras.callbacks.Callback):
         self,
         communicator: Communicator,
         rows: StepRows,
+        local: LocalSteps | None,
         train: ShardBatches,
         validation: ShardBatches | None,
         status: StatusPage,
         report: Callable[..., None] | None,
     ) -> None:
         super().__init__()
-        self._communicator, self._rows = communicator, rows
+        self._communicator, self._rows, self._local = communicator, rows, local
         self._batches, self._plan = train, train.plan
         self._validation = None if validation is None else validation.plan
         self._status, self._report, self._reported_at = status, report, 0.0
@@ -87,10 +90,14 @@ class First(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._begin_step(self._plan, batch)
+        if self._local:
+            self._local.begin_step(batch)
         self._status.write(self._phase, self._epoch, batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         share = self._end_step(self._plan, batch)
+        if self._local:
+            self._local.end_step()
         self._phase, self._share = Phase.TRAIN, share
         if logs and share == 0:
             # They were read before the step was taken back: a NaN of rows that do not exist must not end the training.
@@ -123,6 +130,8 @@ class First(keras.callbacks.Callback):
         """All ranks have agreed to stop after `step`: what they have until now is the epoch."""
         if step != self._plan.steps - 1:
             self._state.combine()
+            if self._local:
+                self._local.combine()
 
     def _begin_step(self, plan: BatchPlan, step: int) -> None:
         self._rows.mine, self._rows.total = plan.rows_of(self._communicator.rank, step), plan.total(step)

@@ -26,11 +26,10 @@ import numpy as np
 import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.buffer import FlatBuffer
 from allreduce_spark.training.order import ProgramOrder
 
 __all__ = ["GradientReducer", "StepRows", "distribute", "moving_variables"]
-
-ALIGNMENT_BYTES = 64  # TensorFlow takes over a numpy array without a copy if it is aligned so (EIGEN_MAX_ALIGN_BYTES)
 
 
 @dataclass
@@ -196,39 +195,12 @@ class _Buffers:
     """Two flat buffers by turns: TensorFlow may still hold views of the last step's while this one's is being filled."""
 
     def __init__(self) -> None:
-        self._turns: itertools.cycle[_FlatBuffer] | None = None
+        self._turns: itertools.cycle[FlatBuffer] | None = None
 
-    def next(self, arrays: Sequence[np.ndarray]) -> _FlatBuffer:
+    def next(self, arrays: Sequence[np.ndarray]) -> FlatBuffer:
         if self._turns is None:
-            self._turns = itertools.cycle([_FlatBuffer(arrays), _FlatBuffer(arrays)])
+            self._turns = itertools.cycle([FlatBuffer(arrays), FlatBuffer(arrays)])
         return next(self._turns)
-
-
-class _FlatBuffer:
-    """One array for all gradients, and views of it in the gradients' shapes.
-
-    float32, or float64 where any gradient is: half-precision gradients are summed in float32.
-    """
-
-    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
-        dtype = np.dtype(np.float64 if any(a.dtype == np.float64 for a in arrays) else np.float32)
-        step = ALIGNMENT_BYTES // dtype.itemsize
-        starts = np.cumsum([0, *(-(-a.size // step) * step for a in arrays)])  # each view starts aligned
-        memory = np.zeros(int(starts[-1]) * dtype.itemsize + ALIGNMENT_BYTES, np.uint8)
-        skip = -memory.ctypes.data % ALIGNMENT_BYTES
-        self.flat = memory[skip : skip + int(starts[-1]) * dtype.itemsize].view(dtype)
-        self.views = [
-            self.flat[start : start + a.size].reshape(a.shape)
-            for start, a in zip(starts.tolist(), arrays, strict=False)
-        ]
-
-    def fill(self, arrays: Sequence[np.ndarray], share: float) -> None:
-        """Write `share * array` for each array."""
-        if share == 0:
-            self.flat.fill(0)  # Multiplying would not do: a batch that does not count may give nan, and 0 * nan is nan.
-            return
-        for view, array in zip(self.views, arrays, strict=True):
-            np.multiply(array, view.dtype.type(share), out=view)
 
 
 def _split(items: Sequence[Any], counts: tuple[int, int, int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:

@@ -24,6 +24,7 @@ from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.job import Job, check_arrival, seed_variables
+from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
@@ -114,10 +115,14 @@ def train(
     _make_randomness_differ(model, seed_states, rank)
     model.jit_compile = False  # XLA knows no way out of the graph to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
-    rows, order = StepRows(), ProgramOrder()
-    distribute(model.optimizer, communicator, rows, moving_variables(model), order)
-    globalize_losses(model, communicator, rows, order)
-    first = First(communicator, rows, data, validation, status, report)
+    rows, local = StepRows(), None
+    if config.sync_every == 1:
+        order = ProgramOrder()
+        distribute(model.optimizer, communicator, rows, moving_variables(model), order)
+        globalize_losses(model, communicator, rows, order)
+    elif communicator.world_size > 1:
+        local = LocalSteps(model, communicator, data.plan, config.sync_every)
+    first = First(communicator, rows, local, data, validation, status, report)
     history = model.fit(
         data.dataset(),
         epochs=config.epochs,
