@@ -121,7 +121,7 @@ def read_columns(
 
 def null_rows(array: pa.Array) -> np.ndarray:
     """Which rows are null or hold a null, at any depth; shape (rows,), bool."""
-    own: np.ndarray = array.is_null().to_numpy(zero_copy_only=False)
+    own = np.asarray(array.is_null().to_numpy(zero_copy_only=False))
     if not _is_list(array.type) or len(array) == 0:
         return own
     within = null_rows(array.flatten())  # skips what null lists hold
@@ -138,7 +138,7 @@ def _without(batch: pa.RecordBatch, unwanted: np.ndarray) -> pa.RecordBatch:
 
 def _nan_rows(values: Values, rows: int) -> np.ndarray:
     if isinstance(values.flat, np.ndarray) and values.flat.dtype.kind == "f":
-        return np.isnan(values.flat).reshape(rows, -1).any(axis=1)
+        return np.asarray(np.isnan(values.flat).reshape(rows, -1).any(axis=1))
     return np.zeros(rows, bool)
 
 

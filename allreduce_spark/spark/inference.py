@@ -1,22 +1,29 @@
-"""predict and evaluate on Spark: every partition by itself, without barrier or communicator, results in order."""
+"""predict, evaluate and transform on Spark: every partition by itself, without barrier or communicator, rows in order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pyspark import RDD
+import pyarrow as pa
+from pyspark import RDD, Broadcast, TaskContext
 from pyspark.errors import PySparkException
 
+from allreduce_spark.data.cells import lists, numbers, vectors
+from allreduce_spark.data.columns import RowError, Values, read_columns
+from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDependencyError
 from allreduce_spark.spark.stage import missing_module
 
 if TYPE_CHECKING:
+    from allreduce_spark.training.heads import Head
     from allreduce_spark.training.inference import InferenceTask, PartitionMetrics
+    from allreduce_spark.training.scoring import PackedModel
 
-__all__ = ["evaluate_blocks", "predict_blocks"]
+__all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
 
 
 def predict_blocks(task: InferenceTask, blocks: RDD[bytes]) -> list[Any]:
@@ -76,3 +83,104 @@ def concatenate(parts: list[Any]) -> Any:
     if isinstance(first, (list, tuple)):
         return type(first)(concatenate(list(column)) for column in zip(*parts, strict=True))
     return np.concatenate(parts)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a task needs to know to add columns to the rows of a DataFrame.
+
+    Attributes:
+        token: Stands for the model.
+        form: What the feature columns must be.
+        heads: What the outputs of the model mean.
+        layer: Name of the layer whose output is wanted, or "".
+        columns: The columns to add, in their order.
+        batch_size: Rows per call of the model.
+    """
+
+    token: str
+    form: TableForm
+    heads: tuple[Head, ...]
+    layer: str
+    columns: tuple[NewColumn, ...]
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class NewColumn:
+    """One column that a transformer adds.
+
+    Attributes:
+        name: Its name.
+        source: "prediction" or "probability" of a head, or the output of the "layer".
+        head: Index of the head; 0 for a layer.
+        kind: "number", "vector" or "array".
+    """
+
+    name: str
+    source: str
+    head: int
+    kind: str
+
+
+def add_columns(
+    transform: Transform, model: Broadcast[PackedModel], batches: Iterable[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    """The body of a transformer's task: batch after batch, nothing is held back.
+
+    Raises:
+        DataError: A row is not what the model takes; names the partition, the row and the column.
+    """
+    from allreduce_spark.training.scoring import scorer_of
+
+    with_outputs = any(column.source != "layer" for column in transform.columns)
+    scorer = None
+    known: dict[str, Values] = {}
+    done = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, transform.batch_size):
+            piece = batch.slice(start, transform.batch_size)
+            try:
+                kept, columns = read_columns(piece, transform.form, known)
+            except RowError as error:
+                place = f"partition {_partition()}, row {done + error.row}"
+                raise DataError(f"in {place}, {error}") from None
+            done += piece.num_rows
+            if kept.num_rows:
+                scorer = scorer or scorer_of(
+                    transform.token, transform.layer, with_outputs=with_outputs, packed=partial(_value_of, model)
+                )
+                by_form = dict(zip(transform.form.arrays, columns, strict=True))
+                arrays = [by_form[form].array(kept.num_rows) for form in transform.form.x]
+                yield _with_columns(kept, transform, *scorer(arrays))
+
+
+def _with_columns(
+    batch: pa.RecordBatch, transform: Transform, outputs: list[np.ndarray], layer: np.ndarray | None
+) -> pa.RecordBatch:
+    arrays, names = list(batch.columns), list(batch.schema.names)
+    for column in transform.columns:
+        if column.source == "layer":
+            values = layer
+        else:
+            head = transform.heads[column.head]
+            values = getattr(head, column.source)(outputs[column.head])
+        arrays.append(_CELLS[column.kind](values))
+        names.append(column.name)
+    return pa.RecordBatch.from_arrays(arrays, names=names)
+
+
+_CELLS: dict[str, Callable[[Any], pa.Array]] = {"number": numbers, "vector": vectors, "array": lists}
+
+
+def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
+    value = model.value
+    # Spark would keep the archive in memory beside the model that is made of it; should it be asked for again, it is in a file.
+    vars(model).pop("_value", None)
+    return value
+
+
+def _partition() -> int:
+    context = TaskContext.get()
+    assert context is not None  # for mypy: this runs in a task
+    return context.partitionId()

@@ -1,0 +1,165 @@
+"""`AllReduceTransformer`: a Keras model as a Spark ML transformer."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pyspark import Broadcast, SparkContext
+from pyspark.ml import Model
+from pyspark.ml.linalg import VectorUDT
+from pyspark.sql import DataFrame
+from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, StructType
+
+from allreduce_spark.data.forms import TableForm
+from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.spark.inference import NewColumn, Transform, add_columns
+from allreduce_spark.spark.params import ColumnParams, accessors
+from allreduce_spark.spark.shards import select_columns
+from allreduce_spark.spark.stage import active_context
+from allreduce_spark.training.heads import Head, heads_of
+from allreduce_spark.training.layout import check_is_model, feature_forms, layer_of
+from allreduce_spark.training.scoring import PackedModel, pack, state_of
+
+if TYPE_CHECKING:
+    import keras
+
+__all__ = ["AllReduceTransformer"]
+
+
+@accessors
+class AllReduceTransformer(Model, ColumnParams):
+    """Adds the predictions of a Keras model to the rows of a DataFrame.
+
+    The rows stay where they are and in their order, all their columns stay as they are, and the model is loaded once per
+    Python worker. It works on a streaming DataFrame too.
+
+    For a classification (see the param `task`), `probabilityCol` becomes a vector of the probabilities of all classes and
+    `predictionCol` the most probable class, as a double; so Spark's evaluators understand it. For a regression there is no
+    probability, and `predictionCol` is the value. Values that are not one number become a vector or an array, as
+    `outputType` says. Of a model with several outputs, each has columns of its own, `predictionCol + "_" + name`. With
+    `outputLayer`, the output of any layer becomes the column `outputCol`, from the same pass.
+
+    Args:
+        model: Built; it need not be compiled.
+        history: Of the fit that trained it: {"loss": [...], ...}.
+        params: Any of the params by name; `explainParams()` describes them.
+
+    Attributes:
+        model: The Keras model.
+        history: As given; empty where there was no fit.
+
+    Raises:
+        ConfigError: A param is unknown or has a wrong value.
+
+    Example:
+        >>> transformer = AllReduceTransformer(model, featuresCol="pixels")    # doctest: +SKIP
+        >>> transformer.transform(frame).select("prediction").show()           # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: keras.Model | None = None, *, history: dict[str, list[Any]] | None = None, **params: Any
+    ) -> None:
+        super().__init__()
+        self._set_column_defaults()
+        self.model = model if model is None else check_is_model(model)
+        self.history = dict(history or {})
+        self._sent = _Sent()
+        self._set_known(params)
+
+    def _transform(self, dataset: DataFrame) -> DataFrame:
+        model = self._built_model()
+        heads = heads_of(model, self.getOrDefault(self.task)) if self._wants_outputs() else ()
+        form = TableForm(feature_forms(model, self._features()), invalid=self.getOrDefault(self.handleInvalid))
+        select_columns(dataset, form)
+        columns = self._new_columns(model, heads)
+        _check_new_columns(dataset.columns, [column.name for column, _ in columns])
+        token, broadcast = self._sent.model(active_context(), model)
+        transform = Transform(
+            token,
+            form,
+            heads,
+            self.getOrDefault(self.outputLayer),
+            tuple(column for column, _ in columns),
+            self.getOrDefault(self.predictionBatchSize),
+        )
+        schema = StructType([*dataset.schema.fields, *(StructField(column.name, kind) for column, kind in columns)])
+        return dataset.mapInArrow(partial(add_columns, transform, broadcast), schema)
+
+    def _built_model(self) -> keras.Model:
+        if self.model is None or not self.model.built:
+            raise ConfigError("the transformer has no model with weights: pass one that is fitted, or built.")
+        return self.model
+
+    def _wants_outputs(self) -> bool:
+        return bool(self.getOrDefault(self.predictionCol) or self.getOrDefault(self.probabilityCol))
+
+    def _new_columns(self, model: keras.Model, heads: Sequence[Head]) -> list[tuple[NewColumn, DataType]]:
+        """The columns to add, with their types."""
+        kind = self.getOrDefault(self.outputType)
+        columns = []
+        for index, head in enumerate(heads):
+            suffix = f"_{head.name}" if len(heads) > 1 else ""
+            probability, prediction = self.getOrDefault(self.probabilityCol), self.getOrDefault(self.predictionCol)
+            if probability and head.is_class:
+                axes = 1 if head.kind == "unit" else len(head.shape)
+                columns.append(_column(probability + suffix, "probability", index, kind, axes))
+            if prediction:
+                axes = 0 if head.is_number else len(head.shape) - (head.kind == "classes")
+                columns.append(_column(prediction + suffix, "prediction", index, kind, axes))
+        layer = self.getOrDefault(self.outputLayer)
+        if layer:
+            axes = len(layer_of(model, layer).shape) - 1
+            columns.append(_column(self.getOrDefault(self.outputCol), "layer", 0, kind, axes))
+        if not columns:
+            raise ConfigError(
+                "nothing is to be added: predictionCol, probabilityCol and outputLayer are all empty, or the model makes no "
+                "probabilities; name at least one."
+            )
+        return columns
+
+
+class _Sent:
+    """The model as it was last broadcast; shared by the copies of a transformer, which Spark makes freely."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[Any, ...] | None = None
+        self._token = ""
+        self._broadcast: Broadcast[PackedModel] | None = None
+
+    def model(self, context: SparkContext, model: keras.Model) -> tuple[str, Broadcast[PackedModel]]:
+        """(token, broadcast); sent again only where the weights, or the Spark application, are no longer the same."""
+        with self._lock:
+            key = (context.applicationId, id(model), state_of(model))
+            if self._broadcast is None or key != self._key:
+                # The old one is left to Spark's cleaner: a DataFrame that was made with it may still be used.
+                self._key, self._token = key, secrets.token_hex(16)
+                self._broadcast = context.broadcast(pack(model))
+            return self._token, self._broadcast
+
+
+def _column(name: str, source: str, head: int, kind: str, axes: int) -> tuple[NewColumn, DataType]:
+    if axes == 0:
+        return NewColumn(name, source, head, "number"), DoubleType()
+    if kind == "vector":
+        return NewColumn(name, source, head, kind), VectorUDT()
+    nested: DataType = DoubleType()
+    for _ in range(axes):
+        nested = ArrayType(nested)
+    return NewColumn(name, source, head, kind), nested
+
+
+def _check_new_columns(existing: Sequence[str], names: Sequence[str]) -> None:
+    if not all(names):
+        raise ConfigError("outputLayer is set, but outputCol is empty: name the column.")
+    for name in names:
+        if name in existing or names.count(name) > 1:
+            where = "the DataFrame already has" if name in existing else "two outputs would make"
+            raise ConfigError(f"{where} a column {name!r}: choose another name for it in the params, or drop it first.")
+    twice = next((name for name in existing if list(existing).count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"the DataFrame has several columns {twice!r}: rename or drop one of them first.")

@@ -1,0 +1,116 @@
+"""The outputs of a model for rows that arrive batch after batch: what the task of a transformer does in a Python worker."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import keras
+import numpy as np
+
+from allreduce_spark.training.job import pickle_objects
+from allreduce_spark.training.layout import inputs_of, outputs_in_order, outputs_of, sub_model
+from allreduce_spark.training.model_bytes import custom_objects_of, keras_lock, model_to_bytes
+
+__all__ = ["PackedModel", "Scorer", "pack", "scorer_of", "state_of"]
+
+MODELS_KEPT = 2  # per Python worker: a cross-validation, for example, uses several in turn
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A model on its way to the executors.
+
+    Attributes:
+        archive: The `.keras` archive.
+        objects: The custom objects, by cloudpickle.
+    """
+
+    archive: bytes = field(repr=False)
+    objects: bytes = field(repr=False)
+
+
+def pack(model: keras.Model) -> PackedModel:
+    """Pack a model with the user's code that it needs.
+
+    Raises:
+        ConfigError: Keras cannot save it, or its code cannot be sent.
+    """
+    return PackedModel(model_to_bytes(model), pickle_objects(custom_objects_of(model)))
+
+
+def state_of(model: keras.Model) -> str:
+    """A digest that changes when a weight does. Reading all weights is much cheaper than sending them."""
+    digest = hashlib.sha256()
+    for variable in model.variables:
+        digest.update(np.ascontiguousarray(variable.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+class Scorer:
+    """A loaded model, and which of its outputs are wanted.
+
+    Args:
+        packed: See `pack`. Loss, metrics and optimizer are not restored, nor the user's code for them needed.
+        layer: Name of a layer whose output is wanted too, from the same pass; "" for none.
+        with_outputs: Whether the outputs of the model itself are wanted.
+    """
+
+    def __init__(self, packed: PackedModel, layer: str, *, with_outputs: bool) -> None:
+        model = _load(packed)
+        self._outputs = [slot.name for slot in outputs_of(model)] if with_outputs else []
+        self._inputs = [slot.name for slot in inputs_of(model) or ()]
+        self._takes_dict = not layer and len(self._inputs) > 1 and isinstance(model.input, dict)
+        self._layer = layer
+        self._model = sub_model(model, layer, with_outputs=with_outputs) if layer else model
+
+    def __call__(self, arrays: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """The outputs for one batch of rows.
+
+        Args:
+            arrays: Of shape (rows, ...), one per input of the model, in the order of `layout.inputs_of`.
+
+        Returns:
+            The outputs in the order of `layout.outputs_of`, and that of the layer, each of shape (rows, ...).
+        """
+        x: Any = arrays[0] if len(arrays) == 1 else arrays
+        result = self._model.predict_on_batch(dict(zip(self._inputs, arrays, strict=True)) if self._takes_dict else x)
+        if not self._layer:
+            return outputs_in_order(result, self._outputs), None
+        results = outputs_in_order(result, ())
+        return results[:-1], results[-1]
+
+
+_scorers: OrderedDict[tuple[Any, ...], Scorer] = OrderedDict()
+
+
+def scorer_of(token: str, layer: str, *, with_outputs: bool, packed: Callable[[], PackedModel]) -> Scorer:
+    """A scorer, loaded once for all tasks that one Python worker runs.
+
+    Args:
+        token: Stands for the model: two models never share one.
+        layer, with_outputs: See `Scorer`.
+        packed: Brings the model; called only where it is not here yet.
+    """
+    key = (token, layer, with_outputs)
+    if key not in _scorers:
+        while len(_scorers) >= MODELS_KEPT:
+            _scorers.popitem(last=False)
+        _scorers[key] = Scorer(packed(), layer, with_outputs=with_outputs)
+    _scorers.move_to_end(key)
+    return _scorers[key]
+
+
+def _load(packed: PackedModel) -> keras.Model:
+    """Load it uncompiled. Lambda layers are allowed: the archive comes from the user's own driver."""
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder, keras_lock:
+        path = Path(folder) / "model.keras"
+        path.write_bytes(packed.archive)
+        objects = cloudpickle.loads(packed.objects)
+        return keras.saving.load_model(path, custom_objects=objects, compile=False, safe_mode=False)
