@@ -81,7 +81,7 @@ def main():
 
     kinds = (("classification", classes, "categorical_crossentropy", 2), ("regression", sums, "mse", 1))
     for kind, labels, loss, nb_classes in kinds:
-        rows = [(Vectors.dense(x.tolist()), float(y)) for x, y in zip(X, labels)]
+        rows = [(Vectors.dense(x.tolist()), float(y)) for x, y in zip(X, labels, strict=True)]
         frame = spark.createDataFrame(rows, ["features", "label"])
         model = build(nb_classes, "softmax" if kind == "classification" else "linear", loss, ["acc"])
         estimator = ElephasEstimator(
