@@ -70,6 +70,7 @@ def to_simple_rdd(sc: SparkContext, features: Any, labels: Any) -> RDD[tuple[Any
 
     Raises:
         DataError: There are no rows, the arrays are not equally long, or a label is NaN.
+        ConfigError: The driver's JVM (spark.driver.memory) is too small for the arrays.
     """
     spec, columns = columns_of(features, labels)
     return slices_of(sc, columns).flatMap(partial(pairs_of_slice, spec))
@@ -87,6 +88,7 @@ def to_labeled_point(sc: SparkContext, features: Any, labels: Any, categorical: 
 
     Raises:
         DataError: As in `to_simple_rdd`, or the shapes are others.
+        ConfigError: As in `to_simple_rdd`.
     """
     return slices_of(sc, vectors_and_numbers(features, labels, categorical)).flatMap(points_of_slice)
 
@@ -166,7 +168,7 @@ def to_data_frame(sc: SparkContext, features: Any, labels: Any, categorical: boo
         sc, features, labels, categorical: As in `to_labeled_point`.
 
     Raises:
-        DataError: As in `to_labeled_point`.
+        DataError, ConfigError: As in `to_labeled_point`.
     """
     slices = slices_of(sc, vectors_and_numbers(features, labels, categorical))
     session = SparkSession.builder.getOrCreate()

@@ -16,7 +16,7 @@ from pyspark.mllib.regression import LabeledPoint
 from allreduce_spark.data.blocks import BLOCK_BYTES
 from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, Structure, describe, unflatten
 from allreduce_spark.data.values import as_array, leaf_of
-from allreduce_spark.errors import DataError
+from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.labels import check_labels
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
 
 # A task carries its slices with it, and Spark refuses tasks above spark.rpc.message.maxSize, 128 MiB unless it is raised.
 PARTITION_BYTES = 64 << 20
+# Until they are read, the slices are in the heap of the driver's JVM, which wants some of it for itself.
+HEAP_SHARE = 0.8
 
 
 def columns_of(features: Any, labels: Any) -> tuple[RowSpec, list[np.ndarray]]:
@@ -103,14 +105,30 @@ def numbers_of(value: Any, ndim: int, goal: str) -> np.ndarray:
 
 
 def slices_of(sc: SparkContext, columns: list[np.ndarray]) -> RDD[list[np.ndarray]]:
-    """Arrays of equally many rows -> slices of them of up to some MB, in order, equally many in every partition."""
+    """Arrays of equally many rows -> slices of them of up to some MB, in order, equally many in every partition.
+
+    Raises:
+        ConfigError: The driver's JVM is too small for them.
+    """
     rows, size = len(columns[0]), sum(column.nbytes for column in columns)
+    _check_heap(sc, size)
     partitions = max(sc.defaultParallelism, -(-size // PARTITION_BYTES))
     per_partition = max(1, -(-size // (partitions * BLOCK_BYTES)))
     count = min(rows, partitions * per_partition)
     bounds = [rows * index // count for index in range(count + 1)]
     slices = [[column[start:stop] for column in columns] for start, stop in pairwise(bounds)]
     return sc.parallelize(slices, partitions)
+
+
+def _check_heap(sc: SparkContext, size: int) -> None:
+    assert sc._jvm is not None
+    heap = sc._jvm.java.lang.Runtime.getRuntime().maxMemory()
+    if size > HEAP_SHARE * heap:
+        raise ConfigError(
+            f"the arrays have {size / 2**30:.1f} GiB, but the driver's JVM may use {heap / 2**30:.1f} GiB, and an RDD made on "
+            "the driver is kept there: start Spark with a larger --driver-memory (spark.driver.memory), or write the rows "
+            "to files and read them with spark.read."
+        )
 
 
 def pairs_of_slice(spec: RowSpec, columns: Sequence[np.ndarray]) -> Iterator[tuple[Any, Any]]:
