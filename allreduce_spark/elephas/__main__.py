@@ -24,8 +24,9 @@ def main() -> None:
     script = Path(arguments[0])
     if not script.is_file():
         sys.exit(f"{USAGE}\n\nThere is no file {str(script)!r}.")
-    # Under spark-submit, the first place to look for modules is this very folder, where `utils` and the like are ours.
-    sys.path[0] = str(script.resolve().parent)
+    if not getattr(sys.flags, "safe_path", False):
+        # Under spark-submit, the first place to look for modules is this very folder, where `utils` and the like are ours.
+        sys.path[0] = str(script.resolve().parent)
     sys.argv[:] = arguments
 
     from allreduce_spark.elephas import alias

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from functools import wraps
@@ -28,7 +27,7 @@ __all__ = ["install", "install_here"]
 NAME = "elephas"
 TARGET = "allreduce_spark.elephas"
 
-# What executors import in the place of `elephas`. It is shipped as a file, so it can reach tasks that know nothing of us.
+# What executors import by the name of `elephas`.
 STAND_IN = """\
 from allreduce_spark.elephas import alias
 
@@ -44,6 +43,8 @@ def install() -> None:
     """
     from pyspark import SparkContext
 
+    from allreduce_spark.spark.stage import active_context
+
     if SparkContext._active_spark_context is not None:
         raise ConfigError("there is a SparkContext already: call install() before the first one is made.")
     install_here()
@@ -54,6 +55,7 @@ def install() -> None:
     @wraps(make)
     def make_and_ship(self: SparkContext, *args: Any, **kwargs: Any) -> None:
         make(self, *args, **kwargs)
+        active_context()  # on one machine, workers run this Python
         _ship_stand_in(self)
 
     make_and_ship.ships_stand_in = True  # type: ignore[attr-defined]
@@ -80,7 +82,7 @@ def take_place_of(stand_in: str) -> None:
     """For the stand-in, while it is imported: be what it stands for."""
     del sys.modules[stand_in]
     install_here()
-    importlib.import_module(stand_in)
+    sys.modules[stand_in] = importlib.import_module(TARGET)
 
 
 class _Finder(MetaPathFinder):
@@ -109,9 +111,8 @@ class _Loader(Loader):
 
 
 def _ship_stand_in(context: Any) -> None:
-    """Give the executors of this context a file that comes before any installed Elephas."""
-    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-        path = Path(folder) / "allreduce_spark_elephas.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr(f"{NAME}/__init__.py", STAND_IN)
-        context.addPyFile(str(path))  # copies it
+    """Give the executors of this context a file that comes before any other Elephas, installed or shipped."""
+    path = Path(context._temp_dir) / "allreduce_spark_elephas.zip"  # Spark removes that folder when the context ends
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{NAME}/__init__.py", STAND_IN)
+    context.addPyFile(str(path))

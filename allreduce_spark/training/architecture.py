@@ -47,11 +47,11 @@ def _without_modules(config: Mapping[str, Any]) -> dict[str, Any]:
     """Layers named by their class alone, as in Keras 2's HDF5 files: so Keras 3 reads what it no longer finds by module."""
     plain = {key: value for key, value in config.items() if key not in ("module", "registered_name", "build_config")}
     plain["class_name"] = config.get("registered_name") or config["class_name"]
-    if "layers" in config["config"]:
-        plain["config"] = {
-            **config["config"],
-            "layers": [_without_modules(layer) for layer in config["config"]["layers"]],
-        }
+    plain["config"] = dict(config["config"])
+    if "layers" in plain["config"]:
+        plain["config"]["layers"] = layers = [_without_modules(layer) for layer in config["config"]["layers"]]
+        for layer in layers[1:]:  # the first is the input, which says the shape
+            layer["config"].pop("batch_input_shape", None)
     return plain
 
 
