@@ -1,4 +1,4 @@
-"""One Spark session with two slots for all tests of this folder; without Java they are skipped."""
+"""One Spark session with two slots for all tests that ask for it; without Java they are skipped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-from pyspark.sql import SparkSession
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +28,8 @@ def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
 def spark(own_temporary_folder: str) -> Iterator[SparkSession]:
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
+    from pyspark.sql import SparkSession  # only here: most tests need no Spark
+
     session = (
         SparkSession.builder.master("local[2]")
         .appName("allreduce_spark tests")
