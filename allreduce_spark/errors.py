@@ -11,6 +11,7 @@
     ├── CollectiveError                       an all-reduce, broadcast, allgather or barrier failed
     │   └── CollectiveTimeoutError (TimeoutError)  the other ranks did not come in time
     ├── RankFailedError                       a rank or its agent died or raised; names the first one that did
+    ├── SearchError                           a hyper-parameter search has found nothing
     └── CancelledError                        the Spark job of a fit was cancelled
 
 Catching `AllReduceSparkError` catches them all; the built-in class in brackets is a second base, for callers who expect it.
@@ -31,6 +32,7 @@ __all__ = [
     "RankFailedError",
     "RendezvousError",
     "RendezvousTimeoutError",
+    "SearchError",
 ]
 
 
@@ -104,6 +106,10 @@ class RankFailedError(AllReduceSparkError, RuntimeError):
         when += f" at epoch {epoch}, step {step}" if step is not None else ""
         log = "\nlast lines of its log:\n" + "\n".join(f"  | {line}" for line in log_tail) if log_tail else ""
         super().__init__(f"{where}{when}: {cause}{log}")
+
+
+class SearchError(AllReduceSparkError, RuntimeError):
+    """No trial of a hyper-parameter search was complete; the message says what became of them."""
 
 
 class CancelledError(AllReduceSparkError, RuntimeError):

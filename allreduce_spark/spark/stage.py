@@ -34,6 +34,7 @@ __all__ = [
     "check_cluster",
     "count_slots",
     "driver_addresses",
+    "error_of_job",
     "missing_module",
     "run_stage",
 ]
@@ -244,6 +245,11 @@ def _failure_of_job(error: Exception | None) -> Failure:
     # Where a worker or an executor died, its agent's connection has told so before, with rank and step.
     died = re.search("Python worker exited unexpectedly|ExecutorLostFailure", text) is not None
     return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died)
+
+
+def error_of_job(error: Exception) -> AllReduceSparkError:
+    """What the error of a Spark job means where the job had no ranks: it was cancelled, say, or code of the user raised."""
+    return _error_of(_failure_of_job(error))
 
 
 def missing_module(error: Exception) -> str | None:
