@@ -80,6 +80,8 @@ def check_columns(schema: pa.Schema, form: TableForm) -> None:
                     problem = "there is no column" if name not in schema.names else "there are several columns"
                     raise DataError(f"{problem} {name!r}; the columns are {schema.names}")
                 _check_type(schema.field(name).type, name, array, allow_strings=part is form.x)
+    for array in form.arrays:
+        _check_count(schema, array)
     for part in (form.x, form.y):
         names = [name for array in part for name in array.columns]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -209,7 +211,7 @@ def _described(shape: tuple[int | None, ...]) -> str:
 
 def _named(form: ArrayForm) -> str:
     names = ", ".join(map(repr, form.columns))
-    return f"column {names}" if len(form.columns) == 1 else f"what the columns {names} make together"
+    return f"column {names}" if len(form.columns) == 1 else f"the vector of the columns {names}"
 
 
 def _flat_column(array: pa.Array, name: str, form: ArrayForm, known: dict[str, Values]) -> Values:
@@ -345,6 +347,15 @@ def _check_type(kind: pa.DataType, name: str, form: ArrayForm, *, allow_strings:
         needs = f"{form.owner} takes numbers" if allow_strings else "labels and weights must be numbers"
         raise DataError(f"column {name!r} is a string; {needs}: encode them first, e.g. with StringIndexer")
     raise DataError(f"column {name!r} is of type {kind}, which cannot be trained on; {_hint(value)}")
+
+
+def _check_count(schema: pa.Schema, form: ArrayForm) -> None:
+    """How many values columns of plain numbers make is known without their rows."""
+    if form.fixed_shape is None or any(schema.field(name).type.num_fields for name in form.columns):
+        return
+    if len(form.columns) != int(np.prod(form.fixed_shape)) and not _is_bytes(schema.field(form.columns[0]).type):
+        found = "a single number" if len(form.columns) == 1 else f"vectors of length {len(form.columns)}"
+        raise DataError(f"{_named(form)} has {found}, but {form.owner} takes {_described(form.fixed_shape)}")
 
 
 def _hint(kind: pa.DataType) -> str:

@@ -151,7 +151,7 @@ def add_columns(
                     transform.token, transform.layer, with_outputs=with_outputs, packed=partial(_value_of, model)
                 )
                 by_form = dict(zip(transform.form.arrays, columns, strict=True))
-                arrays = [by_form[form].array(kept.num_rows) for form in transform.form.x]
+                arrays = {form.key: by_form[form].array(kept.num_rows) for form in transform.form.x}
                 yield _with_columns(kept, transform, *scorer(arrays))
 
 

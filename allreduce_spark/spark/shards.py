@@ -6,7 +6,7 @@ stay in the partitions they come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -14,8 +14,9 @@ from typing import Any
 
 import pyarrow as pa
 from pyspark import RDD, SparkContext, TaskContext
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql.pandas.types import to_arrow_schema
+from pyspark.sql.types import BooleanType, NumericType, StructType
 
 from allreduce_spark.data.arrays import arrays_to_blocks
 from allreduce_spark.data.columns import check_columns
@@ -24,7 +25,16 @@ from allreduce_spark.data.rows import rows_to_blocks
 from allreduce_spark.data.tables import table_to_blocks
 from allreduce_spark.errors import DataError
 
-__all__ = ["Columns", "FormedTable", "blocks_of", "select_columns", "shards_of"]
+__all__ = [
+    "Columns",
+    "FormedTable",
+    "blocks_of",
+    "column_of",
+    "map_batches",
+    "scalar_columns",
+    "select_columns",
+    "shards_of",
+]
 
 # So much of the driver's arrays goes to each rank in one task; more takes the way of an RDD, through a shuffle.
 DIRECT_BYTES_PER_RANK = 512 << 20
@@ -146,7 +156,7 @@ def _blocks_of_rows(partition: int, rows: Iterable[Any], *, role: str, num_shard
 def _pairs_of_table(table: FormedTable, role: str, num_shards: int) -> RDD[tuple[int, bytes]]:
     selected = select_columns(table.frame, table.form)
     task = partial(_blocks_of_batches, form=table.form, role=role, num_shards=num_shards)
-    return selected.mapInArrow(task, "shard int, block binary").rdd.map(_pair)
+    return map_batches(selected, task, "shard int, block binary").rdd.map(_pair)
 
 
 def select_columns(frame: DataFrame, form: TableForm) -> DataFrame:
@@ -158,10 +168,40 @@ def select_columns(frame: DataFrame, form: TableForm) -> DataFrame:
     missing = next((name for name in form.columns if name not in frame.columns), None)
     if missing is not None:
         raise DataError(f"the DataFrame has no column {missing!r}; its columns are {frame.columns}")
-    # Quoted: a dot in a name would mean a part of a struct.
-    selected = frame.select([frame[f"`{name.replace('`', '``')}`"] for name in form.columns])
+    selected = frame.select([column_of(frame, name) for name in form.columns])
     check_columns(to_arrow_schema(selected.schema), form)
     return selected
+
+
+def column_of(frame: DataFrame, name: str) -> Column:
+    """A column by its whole name: quoted, because a dot in it would mean a part of a struct."""
+    return frame[f"`{name.replace('`', '``')}`"]
+
+
+def scalar_columns(frame: DataFrame) -> frozenset[str]:
+    """The columns that hold plain numbers, and no arrays of them."""
+    return frozenset(
+        field.name for field in frame.schema.fields if isinstance(field.dataType, (NumericType, BooleanType))
+    )
+
+
+def map_batches(
+    frame: DataFrame, task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: StructType | str
+) -> DataFrame:
+    """`mapInArrow` for columns of any name: PySpark's own takes a dot in one for a part of a struct."""
+    names = frame.columns
+    if any("." in name or "`" in name for name in names):
+        frame = frame.toDF(*(f"column{index}" for index in range(len(names))))
+        task = partial(_with_names, task, names)
+    return frame.mapInArrow(task, schema)
+
+
+def _with_names(
+    task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    names: list[str],
+    batches: Iterator[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    return task(batch.rename_columns(names) for batch in batches)
 
 
 def _blocks_of_batches(

@@ -18,7 +18,8 @@ from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.inference import NewColumn, Transform, add_columns
 from allreduce_spark.spark.params import ColumnParams, accessors
-from allreduce_spark.spark.shards import select_columns
+from allreduce_spark.spark.persistence import Persistent, plain_history
+from allreduce_spark.spark.shards import map_batches, scalar_columns, select_columns
 from allreduce_spark.spark.stage import active_context
 from allreduce_spark.training.heads import Head, heads_of
 from allreduce_spark.training.layout import check_is_model, feature_forms, layer_of
@@ -31,7 +32,7 @@ __all__ = ["AllReduceTransformer"]
 
 
 @accessors
-class AllReduceTransformer(Model, ColumnParams):
+class AllReduceTransformer(Model, ColumnParams, Persistent):
     """Adds the predictions of a Keras model to the rows of a DataFrame.
 
     The rows stay where they are and in their order, all their columns stay as they are, and the model is loaded once per
@@ -73,7 +74,8 @@ class AllReduceTransformer(Model, ColumnParams):
     def _transform(self, dataset: DataFrame) -> DataFrame:
         model = self._built_model()
         heads = heads_of(model, self.getOrDefault(self.task)) if self._wants_outputs() else ()
-        form = TableForm(feature_forms(model, self._features()), invalid=self.getOrDefault(self.handleInvalid))
+        features = feature_forms(model, self._features(), scalar_columns(dataset))
+        form = TableForm(features, invalid=self.getOrDefault(self.handleInvalid))
         select_columns(dataset, form)
         columns = self._new_columns(model, heads)
         _check_new_columns(dataset.columns, [column.name for column, _ in columns])
@@ -87,12 +89,21 @@ class AllReduceTransformer(Model, ColumnParams):
             self.getOrDefault(self.predictionBatchSize),
         )
         schema = StructType([*dataset.schema.fields, *(StructField(column.name, kind) for column, kind in columns)])
-        return dataset.mapInArrow(partial(add_columns, transform, broadcast), schema)
+        return map_batches(dataset, partial(add_columns, transform, broadcast), schema)
 
     def _built_model(self) -> keras.Model:
         if self.model is None or not self.model.built:
             raise ConfigError("the transformer has no model with weights: pass one that is fitted, or built.")
         return self.model
+
+    def _saved_model(self) -> keras.Model:
+        return self._built_model()
+
+    def _saved_about(self) -> dict[str, Any]:
+        return {"history": plain_history(self.history)}
+
+    def _restore(self, model: keras.Model, about: dict[str, Any]) -> None:
+        self.model, self.history = model, about["history"]
 
     def _wants_outputs(self) -> bool:
         return bool(self.getOrDefault(self.predictionCol) or self.getOrDefault(self.probabilityCol))

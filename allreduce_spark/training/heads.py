@@ -7,6 +7,7 @@ user's own, or the model is not compiled, the last layer decides: softmax and si
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.layout import Slot, outputs_of
+from allreduce_spark.training.layout import Slot, outputs_of, tensors_of
 
 __all__ = ["Head", "heads_of", "label_forms"]
 
@@ -86,11 +87,19 @@ def heads_of(model: keras.Model, task: str) -> tuple[Head, ...]:
         ConfigError: The outputs of the model are not known before it runs.
     """
     outputs = outputs_of(model)
+    if outputs is None:
+        raise ConfigError(
+            f"the model {model.name!r} is no functional or Sequential model and was not built for one array, so its outputs "
+            "are not known before it runs: make it with keras.Model(inputs, outputs)."
+        )
     losses = _losses(model, outputs)
-    return tuple(_head(model, slot, loss, task) for slot, loss in zip(outputs, losses, strict=True))
+    activations = _last_activations(model, len(outputs))
+    return tuple(
+        _head(slot, loss, activation, task) for slot, loss, activation in zip(outputs, losses, activations, strict=True)
+    )
 
 
-def label_forms(heads: tuple[Head, ...], columns: tuple[str, ...], scalar: frozenset[str]) -> tuple[ArrayForm, ...]:
+def label_forms(heads: Sequence[Head], columns: Sequence[str], scalar: Container[str]) -> tuple[ArrayForm, ...]:
     """What the labels in these columns must be.
 
     Args:
@@ -101,13 +110,12 @@ def label_forms(heads: tuple[Head, ...], columns: tuple[str, ...], scalar: froze
     Raises:
         ConfigError: The numbers of columns and outputs differ.
     """
+    names = [head.name for head in heads]
     if len(columns) != len(heads):
         raise ConfigError(
-            f"the model has {len(heads)} outputs ({', '.join(repr(head.name) for head in heads)}), but the labels are in "
-            f"{len(columns)} column{'s' * (len(columns) != 1)} ({', '.join(map(repr, columns))}): name one column per output "
-            "in labelCols."
+            f"the model has {len(heads)} outputs {names}, but the labels are in {len(columns)} column"
+            f"{'s' * (len(columns) != 1)} {list(columns)}: name one column per output in labelCols."
         )
-    names = [head.name for head in heads]
     ordered = names if set(columns) == set(names) else columns
     return tuple(_label_form(head, name, name in scalar) for head, name in zip(heads, ordered, strict=True))
 
@@ -142,19 +150,19 @@ def _losses(model: keras.Model, outputs: tuple[Slot, ...]) -> list[Any]:
     return [compiled] * len(outputs)
 
 
-def _head(model: keras.Model, slot: Slot, loss: Any, task: str) -> Head:
+def _head(slot: Slot, loss: Any, activation: str, task: str) -> Head:
     name, from_logits = _known_loss(loss)
-    activation = _last_activation(model, slot)
     if task == "regression" or (task == "auto" and not _classifies(name, activation)):
-        return Head(slot.name, slot.shape, "value", loss=name)
-    single = slot.shape in ((), (1,))
-    if single:
+        kind = "value"
+    elif slot.shape in ((), (1,)):
         kind = "unit"
     elif name in _BINARY or (not name and activation == "sigmoid"):
         kind = "labels"
     else:
         kind = "classes"
-    return Head(slot.name, slot.shape, kind, from_logits, name)
+    if getattr(loss, "ignore_class", None) is not None:
+        name = ""  # one of the labels is no class: let them be
+    return Head(slot.name, slot.shape, kind, from_logits and kind != "value", name)
 
 
 def _classifies(loss: str, activation: str) -> bool:
@@ -175,13 +183,13 @@ def _known_loss(loss: Any) -> tuple[str, bool]:
     return (getattr(loss, "__name__", type(loss).__name__) if is_keras else ""), False
 
 
-def _last_activation(model: keras.Model, slot: Slot) -> str:
-    """The name of the activation that makes an output, or "" where it cannot be seen."""
-    tensors = getattr(model, "outputs", None) or ()
-    found = (
-        [tensor for tensor, known in zip(tensors, outputs_of(model), strict=True) if known == slot] if tensors else []
-    )
-    operation = getattr(getattr(found[0], "_keras_history", None), "operation", None) if found else None
+def _last_activations(model: keras.Model, count: int) -> list[str]:
+    """Per output the name of the activation that makes it, or "" where it cannot be seen."""
+    tensors = list(tensors_of(model, "output").values()) if getattr(model, "outputs", None) else [None] * count
+    return [_activation_of(getattr(getattr(tensor, "_keras_history", None), "operation", None)) for tensor in tensors]
+
+
+def _activation_of(operation: Any) -> str:
     if isinstance(operation, keras.layers.Softmax):
         return "softmax"
     return getattr(getattr(operation, "activation", None), "__name__", "")

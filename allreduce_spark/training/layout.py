@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,20 +61,13 @@ def inputs_of(model: keras.Model) -> tuple[Slot, ...] | None:
     return None if shape is None else (Slot("", shape, keras.config.floatx()),)
 
 
-def outputs_of(model: keras.Model) -> tuple[Slot, ...]:
-    """The outputs in the order in which `outputs_in_order` puts them.
-
-    Raises:
-        ConfigError: They cannot be known without data.
-    """
+def outputs_of(model: keras.Model) -> tuple[Slot, ...] | None:
+    """The outputs in the order in which `outputs_in_order` puts them. None where they are not known before the model runs."""
     if getattr(model, "outputs", None):
         return _slots(tensors_of(model, "output"))
     shape = _build_shape(model)
-    if shape is None or None in shape:
-        raise ConfigError(
-            f"the model {model.name!r} is no functional or Sequential model and was not built for one array, so its outputs "
-            "are not known before it runs. Call it on one batch of data first, or make it with keras.Model(inputs, outputs)."
-        )
+    if shape is None:
+        return None
     result = model(np.zeros((1, *(size or 1 for size in shape)), keras.config.floatx()))
     names = _names_in(result)
     return _slots(dict(zip(names, outputs_in_order(result, names), strict=True)))
@@ -116,27 +109,32 @@ def outputs_in_order(result: Any, names: Iterable[str]) -> list[Any]:
     return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
-def feature_forms(model: keras.Model, columns: Sequence[str]) -> tuple[ArrayForm, ...]:
+def feature_forms(model: keras.Model, columns: Sequence[str], scalar: Container[str]) -> tuple[ArrayForm, ...]:
     """Which columns make which input, and what they must be.
 
     Of a model with one input, all columns together make one vector, unless it is one column. With several inputs, each
-    takes one column: the one with its name if all names are equal, else the one at its place.
+    takes one column: the one with its name if all names are equal, else the one at its place. Where the inputs are not
+    known, columns of numbers make one vector, and others a dict by their names.
+
+    Args:
+        scalar: The columns that hold plain numbers.
 
     Raises:
         ConfigError: The numbers of columns and inputs differ.
     """
     inputs = inputs_of(model)
     if inputs is None:
+        if len(columns) > 1 and not all(name in scalar for name in columns):
+            return tuple(ArrayForm(name, (name,)) for name in columns)
         return (ArrayForm("", tuple(columns)),)
     if len(inputs) == 1:
         return (_form_of(inputs[0], tuple(columns)),)
+    names = [slot.name for slot in inputs]
     if len(columns) != len(inputs):
         raise ConfigError(
-            f"the model has {len(inputs)} inputs ({', '.join(repr(slot.name) for slot in inputs)}), but the features are in "
-            f"{len(columns)} column{'s' * (len(columns) != 1)} ({', '.join(map(repr, columns))}): name one column per input "
-            "in featuresCols."
+            f"the model has {len(inputs)} inputs {names}, but the features are in {len(columns)} column"
+            f"{'s' * (len(columns) != 1)} {list(columns)}: name one column per input in featuresCols."
         )
-    names = [slot.name for slot in inputs]
     ordered = names if set(columns) == set(names) else columns
     return tuple(_form_of(slot, (column,)) for slot, column in zip(inputs, ordered, strict=True))
 

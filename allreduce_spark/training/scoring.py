@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from allreduce_spark.training.job import pickle_objects
-from allreduce_spark.training.layout import inputs_of, outputs_in_order, outputs_of, sub_model
+from allreduce_spark.training.layout import outputs_in_order, outputs_of, sub_model
 from allreduce_spark.training.model_bytes import custom_objects_of, keras_lock, model_to_bytes
 
 __all__ = ["PackedModel", "Scorer", "pack", "scorer_of", "state_of"]
@@ -64,27 +64,35 @@ class Scorer:
 
     def __init__(self, packed: PackedModel, layer: str, *, with_outputs: bool) -> None:
         model = _load(packed)
-        self._outputs = [slot.name for slot in outputs_of(model)] if with_outputs else []
-        self._inputs = [slot.name for slot in inputs_of(model) or ()]
-        self._takes_dict = not layer and len(self._inputs) > 1 and isinstance(model.input, dict)
+        self._outputs = [slot.name for slot in outputs_of(model) or ()]
+        # Keras takes a list for a list of inputs only in its order; models of which it knows no inputs say names themselves.
+        self._takes_list = bool(layer) or (bool(getattr(model, "inputs", None)) and not _is_dict(model))
         self._layer = layer
         self._model = sub_model(model, layer, with_outputs=with_outputs) if layer else model
 
-    def __call__(self, arrays: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray | None]:
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> tuple[list[np.ndarray], np.ndarray | None]:
         """The outputs for one batch of rows.
 
         Args:
-            arrays: Of shape (rows, ...), one per input of the model, in the order of `layout.inputs_of`.
+            arrays: By the name of the input, of shape (rows, ...), in the order of `layout.feature_forms`.
 
         Returns:
             The outputs in the order of `layout.outputs_of`, and that of the layer, each of shape (rows, ...).
         """
-        x: Any = arrays[0] if len(arrays) == 1 else arrays
-        result = self._model.predict_on_batch(dict(zip(self._inputs, arrays, strict=True)) if self._takes_dict else x)
+        x: Any = arrays
+        if len(arrays) == 1:
+            (x,) = arrays.values()
+        elif self._takes_list:
+            x = list(arrays.values())
+        result = self._model.predict_on_batch(x)
         if not self._layer:
             return outputs_in_order(result, self._outputs), None
         results = outputs_in_order(result, ())
         return results[:-1], results[-1]
+
+
+def _is_dict(model: keras.Model) -> bool:
+    return not isinstance(model, keras.Sequential) and isinstance(model.input, dict)
 
 
 _scorers: OrderedDict[tuple[Any, ...], Scorer] = OrderedDict()

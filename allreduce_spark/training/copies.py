@@ -1,0 +1,51 @@
+"""A copy of a compiled model, as a rank would get it: training the one leaves the other alone."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.job import Job, check_arrival, seed_variables
+from allreduce_spark.training.model_bytes import custom_objects_of, load_model, model_to_bytes
+
+__all__ = ["copy_model", "set_learning_rate"]
+
+
+def copy_model(model: keras.Model, custom_objects: Mapping[str, Any]) -> keras.Model:
+    """A model with the same weights, optimizer state, compile settings and random states, and none of the same variables.
+
+    Raises:
+        ConfigError: Keras cannot save it, or load it again, or forgets something on the way.
+    """
+    objects = {**custom_objects_of(model), **custom_objects}
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        path = Path(folder) / "model.keras"
+        path.write_bytes(model_to_bytes(model))
+        copied = load_model(path, objects)
+    trainable = [bool(weight.trainable) for weight in model.weights]
+    iterations = int(model.optimizer.iterations.numpy())
+    check_arrival(copied, Job(b"", b"", FitConfig(), Timeouts(), [], trainable, iterations))
+    for variable, state in zip(seed_variables(copied), seed_variables(model), strict=True):
+        variable.assign(state)
+    return copied
+
+
+def set_learning_rate(model: keras.Model, value: float) -> None:
+    """Give the optimizer another learning rate.
+
+    Raises:
+        ConfigError: It follows a schedule.
+    """
+    try:
+        model.optimizer.learning_rate = value
+    except TypeError as error:  # Keras's way to say so
+        raise ConfigError(
+            f"learningRate={value} cannot be set: the optimizer of the model follows a learning rate schedule. Compile the "
+            "model with a number, or leave learningRate out."
+        ) from error
