@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,13 +28,13 @@ from allreduce_spark.elephas.cluster import hadoop_uri, ranks_for
 from allreduce_spark.elephas.enums.frequency import Frequency
 from allreduce_spark.elephas.enums.modes import Mode
 from allreduce_spark.elephas.eras import read_arguments, sync_every_of
-from allreduce_spark.elephas.gone import Gone
+from allreduce_spark.elephas.gone import Gone, tell_about_modes, tell_about_optimizers
 from allreduce_spark.elephas.parts import parts_of, split, split_one, split_pair
-from allreduce_spark.elephas.utils.rdd_utils import lp_to_simple_rdd
 from allreduce_spark.elephas.utils.serialization import model_to_dict
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.spark import mllib
 from allreduce_spark.spark import model as native
-from allreduce_spark.spark.adapters import from_matrix, from_vector, to_matrix, to_vector
+from allreduce_spark.spark.adapters import to_matrix, to_vector
 from allreduce_spark.spark.files import load_model_at
 from allreduce_spark.training.checks import check_model
 
@@ -80,7 +79,7 @@ class SparkModel(native.SparkModel):
         self.custom_objects, self.kwargs = arguments.custom_objects, arguments.recorded
         self.training_histories: list[dict[str, Any]] = []
         if arguments.optimizer is not None:
-            _tell_about_optimizers()
+            tell_about_optimizers()
 
     @property
     def master_network(self) -> keras.Model:
@@ -143,11 +142,13 @@ class SparkModel(native.SparkModel):
         self.num_ranks = ranks_for(self.num_workers or None, self.timeouts)
         self.sync_every = sync_every_of(Mode(self.mode), Frequency(self.frequency))
         if self.mode != Mode.SYNCHRONOUS:
-            _tell_about_modes()
+            tell_about_modes()
         if "nb_epoch" in kwargs:
             kwargs["epochs"] = kwargs.pop("nb_epoch")
-        data = rdd.map(partial(split_pair, *parts_of(self.model))) if isinstance(rdd, RDD) else rdd
-        history = super().fit(data, **{"batch_size": self.batch_size, **kwargs})
+        parts = parts_of(self.model)
+        if isinstance(rdd, RDD) and max(parts) > 1:
+            rdd = rdd.map(partial(split_pair, *parts))
+        history = super().fit(rdd, **{"batch_size": self.batch_size, **kwargs})
         self.training_histories.append(history.history)
         return history
 
@@ -183,10 +184,10 @@ class SparkModel(native.SparkModel):
             A list of arrays, one for each row. Of a model with several outputs, its arrays of shape (rows, ...).
         """
         inputs, _ = parts_of(self.model)
-        if isinstance(data, RDD):
-            data = data.map(partial(split_one, inputs))
-        else:
+        if not isinstance(data, RDD):
             data = (split(inputs, np.asarray(data), 1),)
+        elif inputs > 1:
+            data = data.map(partial(split_one, inputs))
         predictions = super().predict(data, **{"batch_size": self.batch_size, **kwargs})
         return list(predictions) if isinstance(predictions, np.ndarray) else predictions
 
@@ -223,7 +224,7 @@ class SparkModel(native.SparkModel):
         inputs, outputs = parts_of(self.model)
         weights = () if sample_weight is None else (np.asarray(sample_weight),)
         data = (split(inputs, np.asarray(x_test), 1), split(outputs, np.asarray(y_test), 1), *weights)
-        values = super().evaluate(data, batch_size=batch_size)
+        values = native.SparkModel.evaluate(self, data, batch_size=batch_size)
         return values if return_dict else self.model._flatten_metrics_in_order(values)
 
     def save(self, file_name: str, overwrite: bool = False, to_hadoop: bool = False) -> None:  # type: ignore[override]
@@ -264,10 +265,10 @@ class AsynchronousSparkModel(SparkModel):
     _asynchronous = True
 
 
-class SparkMLlibModel(SparkModel):
+class SparkMLlibModel(SparkModel, mllib.SparkMLlibModel):  # type: ignore[misc]  # Elephas's signatures
     """A `SparkModel` for RDDs of LabeledPoints, and for MLlib's vectors and matrices."""
 
-    def fit(  # type: ignore[override]  # it is Elephas's
+    def fit(  # type: ignore[override]
         self,
         labeled_points: RDD[LabeledPoint],
         epochs: int = 10,
@@ -284,7 +285,7 @@ class SparkMLlibModel(SparkModel):
             labeled_points: Rows with a vector and a label.
             epochs, batch_size, verbose, validation_split, **kwargs: As for `SparkModel.fit`.
             categorical: Turn labels into one-hot vectors.
-            nb_classes: Their length; None for the largest label + 1.
+            nb_classes: Their length; None for the width of the model's output.
         """
         settings = {
             "epochs": epochs,
@@ -292,18 +293,19 @@ class SparkMLlibModel(SparkModel):
             "verbose": verbose,
             "validation_split": validation_split,
         }
-        return super().fit(lp_to_simple_rdd(labeled_points, categorical, nb_classes), **{**settings, **kwargs})
+        classes = {"categorical": categorical, "num_classes": nb_classes or None}
+        return super().fit(labeled_points, **{**settings, **classes, **kwargs})
 
     def predict(self, mllib_data: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Predict for a Matrix, one row of it for each row of the result; for a Vector, which is one row; else as `SparkModel`.
+        """Predict for a Matrix, whose rows are rows of features, or for a Vector, which is one row.
 
         Returns:
-            A Matrix for a Matrix, a Vector for a Vector.
+            A Matrix for a Matrix, a Vector for a Vector; for an array or an RDD what `SparkModel.predict` returns.
         """
         if isinstance(mllib_data, Matrix):
-            return to_matrix(np.asarray(super().predict(from_matrix(mllib_data), **kwargs)))
+            return to_matrix(mllib.SparkMLlibModel.predict(self, mllib_data, **kwargs))
         if isinstance(mllib_data, Vector):
-            return to_vector(super().predict(from_vector(mllib_data)[np.newaxis], **kwargs)[0])
+            return to_vector(mllib.SparkMLlibModel.predict(self, mllib_data, **kwargs))
         return super().predict(mllib_data, **kwargs)
 
 
@@ -347,21 +349,3 @@ def save_and_zip_model(model: Any, temp_dir: str) -> str:
     """Save a model that has `save_pretrained` into a folder, and return the path of a zip file of that folder."""
     model.save_pretrained(temp_dir)
     return shutil.make_archive(temp_dir, "zip", temp_dir)
-
-
-@cache  # so it is said once
-def _tell_about_modes() -> None:
-    warnings.warn(
-        "there is no parameter server: in the modes 'asynchronous' and 'hogwild', frequency='batch' reduces the gradients of "
-        "all ranks at every step, and frequency='epoch' averages weights and optimizer state after every epoch.",
-        stacklevel=3,
-    )
-
-
-@cache
-def _tell_about_optimizers() -> None:
-    warnings.warn(
-        "the optimizer that was given to SparkModel is not used: it ran on the parameter server, and there is none. The "
-        "optimizer that the Keras model was compiled with is.",
-        stacklevel=3,
-    )
