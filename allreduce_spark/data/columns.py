@@ -116,8 +116,9 @@ def read_columns(
             return read_columns(_without(batch, np.logical_or.reduce(bad)), form, known)
         for array, rows in zip(form.arrays, bad, strict=True):
             if rows.any():
-                message = f"{_named(array)} has a NaN; drop such rows or fill in a value first"
-                raise RowError(message, int(np.argmax(rows)))
+                row = int(np.argmax(rows))
+                name = _first_with_nan(batch.slice(row, 1), array, known)
+                raise RowError(f"column {name!r} has a NaN; drop such rows or fill in a value first", row)
     return batch, [_shaped(values, array, batch.num_rows) for values, array in zip(read, form.arrays, strict=True)]
 
 
@@ -144,6 +145,12 @@ def _nan_rows(values: Values, rows: int) -> np.ndarray:
     return np.zeros(rows, bool)
 
 
+def _first_with_nan(row: pa.RecordBatch, form: ArrayForm, known: dict[str, Values]) -> str:
+    """Which of the columns of a form it is."""
+    found = (name for name in form.columns if _nan_rows(_flat_column(row.column(name), name, form, known), 1)[0])
+    return next(found)
+
+
 def _read(batch: pa.RecordBatch, form: ArrayForm, known: dict[str, Values]) -> Values:
     """The values of the columns of one form, as they are."""
     parts = [_flat_column(batch.column(name), name, form, known) for name in form.columns]
@@ -158,12 +165,6 @@ def _read(batch: pa.RecordBatch, form: ArrayForm, known: dict[str, Values]) -> V
 
 def _shaped(values: Values, form: ArrayForm, rows: int) -> Values:
     """Give values the shape and the dtype that are asked for, and look whether they are allowed."""
-    if form.limits is not None:
-        _check_limits(values, form)
-    if form.one_hot:
-        hot = np.zeros((rows, form.one_hot), "float32")
-        hot[np.arange(rows), values.flat.astype(np.int64)] = 1
-        return Values(hot.reshape(-1), (form.one_hot,))
     shape = values.shape
     if form.shape is not None and not _fits(shape, form.shape):
         fixed = form.fixed_shape
@@ -172,6 +173,12 @@ def _shaped(values: Values, form: ArrayForm, rows: int) -> Values:
                 f"{_named(form)} has {_described(shape)}, but {form.owner} takes {_described(form.shape)}", 0
             )
         shape = fixed
+    if form.limits is not None:
+        _check_limits(values, form)
+    if form.one_hot:
+        hot = np.zeros((rows, form.one_hot), "float32")
+        hot[np.arange(rows), values.flat.astype(np.int64)] = 1
+        return Values(hot.reshape(-1), (form.one_hot,))
     flat = values.flat
     if form.dtype is not None and isinstance(flat, np.ndarray) and flat.itemsize > np.dtype(form.dtype).itemsize:
         flat = flat.astype(form.dtype)
@@ -192,7 +199,7 @@ def _check_limits(values: Values, form: ArrayForm) -> None:
         bounds = f"from {least:g} to {greatest:g}" if greatest < np.inf else f"of at least {least:g}"
         per_row = max(1, int(np.prod(values.shape, dtype=np.int64)))
         raise RowError(
-            f"{_named(form)} has the value {float(flat[place]):g}, but {form.owner} takes {kind} {bounds}",
+            f"column {form.columns[0]!r} has the value {float(flat[place]):g}, but {form.owner} takes {kind} {bounds}",
             place // per_row,
         )
 
@@ -209,9 +216,12 @@ def _described(shape: tuple[int | None, ...]) -> str:
     return f"vectors of length {shape[0]}" if len(shape) == 1 else f"arrays of shape {shape}"
 
 
-def _named(form: ArrayForm) -> str:
-    names = ", ".join(map(repr, form.columns))
-    return f"column {names}" if len(form.columns) == 1 else f"the vector of the columns {names}"
+def _misfit(form: ArrayForm, shape: tuple[int, ...]) -> str:
+    assert form.shape is not None
+    found = f"column {form.columns[0]!r} has {_described(shape)}"
+    if len(form.columns) > 1:
+        found = f"the columns {', '.join(map(repr, form.columns))} together make {_described(shape)}"
+    return f"{found}, but {form.owner} takes {_described(form.shape)}"
 
 
 def _flat_column(array: pa.Array, name: str, form: ArrayForm, known: dict[str, Values]) -> Values:
@@ -354,8 +364,7 @@ def _check_count(schema: pa.Schema, form: ArrayForm) -> None:
     if form.fixed_shape is None or any(schema.field(name).type.num_fields for name in form.columns):
         return
     if len(form.columns) != int(np.prod(form.fixed_shape)) and not _is_bytes(schema.field(form.columns[0]).type):
-        found = "a single number" if len(form.columns) == 1 else f"vectors of length {len(form.columns)}"
-        raise DataError(f"{_named(form)} has {found}, but {form.owner} takes {_described(form.fixed_shape)}")
+        raise DataError(_misfit(form, () if len(form.columns) == 1 else (len(form.columns),)))
 
 
 def _hint(kind: pa.DataType) -> str:

@@ -100,20 +100,17 @@ def test_fit_gives_what_spark_model_gives_and_leaves_its_own_model_alone(spark: 
     reference = model_of(
         3, "softmax", "categorical_crossentropy", learning_rate=0.2, metrics=["accuracy"], weighted_metrics=["mae"]
     )
-    held_out = np.arange(64) % 3 == 1
-    hot, weight = np.eye(3, dtype="float32")[CLASSES], 1.0 + np.arange(64) % 2
-    # Arrays are dealt out as one partition is, so the rows are taken in the order of the two partitions' cards.
-    parts = [part[~held_out[part]] for part in (np.arange(32), np.arange(32, 64))]
-    ranks = [np.concatenate([parts[0][rank::2], parts[1][1 - rank :: 2]]) for rank in (0, 1)]
-    order = np.stack([ranks[0][: len(ranks[1])], ranks[1][: len(ranks[0])]], axis=1).reshape(-1)
-    assert len(order) == (~held_out).sum()
+    # The same rows in the same partitions, as an RDD.
+    rows = frame.rdd.map(
+        lambda row: (row["held_out"], np.float32(row["array"]), np.eye(3)[row["label"]], row["weight"])
+    )
     history = SparkModel(reference, num_ranks=2).fit(
-        (X[order].astype("float32"), hot[order], weight[order]),
+        rows.filter(lambda row: not row[0]).map(lambda row: row[1:]),
         epochs=3,
         batch_size=8,
         shuffle=False,
         seed=1,
-        validation_data=(X[held_out].astype("float32"), hot[held_out], weight[held_out]),
+        validation_data=rows.filter(lambda row: row[0]).map(lambda row: row[1:]),
         verbose=0,
     )
     np.testing.assert_allclose(weights_of(transformer.model), weights_of(reference), rtol=1e-5, atol=1e-6)
@@ -152,8 +149,8 @@ def test_a_pipeline_with_sparks_own_stages_and_evaluators(spark: SparkSession) -
 
 def test_cross_validation_and_train_validation_split_with_fits_at_the_same_time(spark: SparkSession) -> None:
     frame = table(spark).select("features", "sum").cache()
-    small, large = model_of(1, None, "mse", learning_rate=0.05), model_of(1, None, "mse", learning_rate=0.05)
-    large.set_weights([weight * 30 for weight in large.get_weights()])
+    small, large = model_of(1, None, "mse", learning_rate=0.05), model_of(1, None, "mse", learning_rate=1e-6)
+    large.set_weights([weight * 3 for weight in large.get_weights()])
     estimator = AllReduceEstimator(model=large, labelCol="sum", epochs=2, batchSize=8, numRanks=2)
     evaluator = RegressionEvaluator(labelCol="sum")
     grid = ParamGridBuilder().addGrid(estimator.learningRate, [1e-6, 0.05]).build()
@@ -221,7 +218,6 @@ def test_several_outputs_are_trained_on_a_column_each_and_bad_rows_are_left_out(
 
 SOFTMAX = model_of(3, "softmax", "sparse_categorical_crossentropy")
 ONE_HOT = model_of(3, "softmax", "categorical_crossentropy")
-UNIT = model_of(1, "sigmoid", "binary_crossentropy")
 VALUE = model_of(1, None, "mse")
 
 
@@ -252,16 +248,10 @@ GOOD = bad()
         ({"model": SOFTMAX, "labelCol": "text"}, GOOD, ["column 'text' is a string", "StringIndexer"]),
         ({"model": SOFTMAX}, bad(label=3.0), ["row 2", "column 'label' has the value 3", "3 classes", "0 to 2"]),
         ({"model": ONE_HOT}, bad(label=-1.0), ["row 2", "column 'label' has the value -1", "whole numbers from 0 to 2"]),
-        ({"model": SOFTMAX}, bad(label=0.5), ["row 2", "column 'label' has the value 0.5", "whole numbers"]),
-        ({"model": UNIT}, bad(label=2.0), ["row 2", "column 'label' has the value 2", "from 0 to 1"]),
         ({"model": SOFTMAX}, bad(label=None), ["row 2", "column 'label' has a null"]),
-        ({"model": VALUE}, bad(label=float("nan")), ["row 2", "column 'label' has a NaN"]),
         ({"model": VALUE}, bad(features=[float("nan")] * 4), ["row 2", "column 'features' has a NaN"]),
-        ({"model": VALUE}, bad(features=[1.0]), ["row 2", "column 'features' has a list of length 1", "length 4"]),
         ({"model": VALUE}, bad(weight=-1.0), []),
-        ({"model": VALUE, "weightCol": "weight"}, bad(weight=-1.0), ["row 2", "column 'weight' has the value -1"]),
         ({"model": VALUE, "labelCol": "two"}, GOOD, ["column 'two'", "length 2", "length 1"]),
-        ({"model": ONE_HOT, "labelCol": "two"}, GOOD, ["column 'two'", "length 2"]),
         ({"model": VALUE, "featuresCol": "two"}, GOOD, ["column 'two'", "vectors of length 2", "vectors of length 4"]),
         ({"model": VALUE, "labelCols": ["label", "weight"]}, GOOD, ["1 outputs", "2 columns", "labelCols"]),
         ({"model": VALUE, "labelCol": "label", "labelCols": ["label"]}, GOOD, ["both set"]),

@@ -341,7 +341,7 @@ TWO_INPUTS = keras.Model(
         ({"featuresCol": "nope"}, GOOD, ["no column 'nope'", "'v'"]),
         ({"featuresCol": "s"}, GOOD, ["column 's' is a string", "numbers"]),
         ({"featuresCol": "n"}, GOOD, ["column 'n' has a single number", "vectors of length 4"]),
-        ({"featuresCols": ["n", "id"]}, GOOD, ["columns 'n', 'id'", "length 2", "length 4"]),
+        ({"featuresCols": ["n", "id"]}, GOOD, ["columns 'n', 'id' together", "length 2", "length 4"]),
         ({"featuresCols": ["a", "a"]}, GOOD, ["'a' is named twice"]),
         ({"featuresCol": "a", "featuresCols": ["n"]}, GOOD, ["both set"]),
         ({"featuresCol": "v"}, with_row(v=Vectors.dense([1, 2, 3])), ["row 2", "column 'v'", "length 3", "length 4"]),
