@@ -21,6 +21,7 @@ from allreduce_spark.errors import ConfigError
 __all__ = ["check_absent", "fetch_file", "put_file"]
 
 PIECE_BYTES = 16 << 20
+WITHOUT_FOLDERS = ("s3", "gcs", "abfs")  # there, making a folder leaves an empty object of its name
 
 
 def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -38,7 +39,7 @@ def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: boo
     partial = f"{parent}/.{name}.{secrets.token_hex(4)}.partial"
     with _explained(destination, "written"):
         try:
-            if parent:
+            if parent and system.type_name not in WITHOUT_FOLDERS:
                 system.create_dir(parent, recursive=True)
             _upload(local, system, partial)
             _rename(system, partial, path)

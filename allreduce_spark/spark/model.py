@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from pyspark import RDD
 from pyspark.sql import DataFrame
 
-from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
+from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks, check_sync_every
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display
@@ -30,6 +32,7 @@ from allreduce_spark.training.model_bytes import custom_objects_of, model_to_byt
 
 if TYPE_CHECKING:
     import keras
+    from typing_extensions import Self
 
 __all__ = ["SparkModel"]
 
@@ -46,12 +49,17 @@ class SparkModel:
         model: Compiled. It may be unbuilt; then the first fit builds it.
         num_ranks: How many ranks train together; each takes one slot (`spark.task.cpus` cores) of the application. None takes
             all slots.
+        sync_every: How many steps the ranks take between two moments at which they combine what they have learnt. 1, the
+            default, is exact: the gradients of every step are averaged, and all ranks are one. A larger number k lets each
+            rank take k steps on its own rows and then averages weights and optimizer state, weighted by the rows that each
+            has trained on ("local SGD", Stich 2019, arXiv:1805.09767); "epoch" does so once an epoch. That needs less
+            network, and gives other, usually somewhat worse, weights than one process.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.
 
     Raises:
-        ConfigError: The model is not compiled, or num_ranks is no positive integer.
+        ConfigError: The model is not compiled, num_ranks is no positive integer, or sync_every makes no sense.
 
     Example:
         >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
@@ -65,11 +73,13 @@ class SparkModel:
         model: keras.Model,
         num_ranks: int | None = None,
         *,
+        sync_every: int | str = 1,
         custom_objects: dict[str, Any] | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
         self.model = check_model(model)
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
+        self.sync_every = check_sync_every(sync_every)
         self.timeouts = timeouts or Timeouts()
         self._custom_objects = dict(custom_objects or {})
 
@@ -131,6 +141,7 @@ class SparkModel:
             validation_freq=validation_freq,
             shuffle=shuffle,
             class_weight=class_weight,
+            sync_every=self.sync_every,
             seed=random.randrange(2**32) if seed is None else seed,
         )
         users = check_callbacks([] if callbacks is None else callbacks)
@@ -202,6 +213,44 @@ class SparkModel:
         columns = _columns(features_col, (), None)
         blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
         return concatenate(predict_blocks(self._inference_task(batch_size), blocks))
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model, with its weights, optimizer state and the settings of this object, to one file.
+
+        Args:
+            path: Ends in `.keras`, or in `.h5` for Keras's older format. A local path, or a URI of any file system that pyarrow
+                knows: `s3://bucket/digits.keras`, `hdfs://namenode:8020/...`, `gs://...`. The file appears when it is
+                complete.
+            overwrite: Whether to replace a file that is there.
+
+        Raises:
+            ConfigError: The file exists, cannot be written, or Keras cannot save this model in this format.
+        """
+        save_model(path, self.model, type(self).__name__, self._settings(), overwrite=overwrite)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, custom_objects: dict[str, Any] | None = None, safe_mode: bool = True
+    ) -> Self:
+        """Read what `save` wrote, or any file that Keras wrote of a compiled model. Training goes on where it was.
+
+        Args:
+            path: As for `save`.
+            custom_objects: As for the constructor.
+            safe_mode: Refuse layers that hold Python bytecode (Lambda). Pass False only if you trust the author of the file.
+
+        Raises:
+            ConfigError: The file is not there, is no model file, is damaged, comes from a newer version, or needs code that
+                is not here.
+        """
+        saved = load_model_at(path, custom_objects, safe_mode=safe_mode)
+        settings = {name: saved.settings[name] for name in cls._SETTINGS if name in saved.settings}
+        return cls(saved.model, custom_objects=custom_objects, **settings)
+
+    _SETTINGS = ("num_ranks", "sync_every")
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._SETTINGS}
 
     def _inference_task(self, batch_size: int) -> InferenceTask:
         FitConfig(batch_size=batch_size)  # checks it

@@ -27,8 +27,11 @@ ATTRIBUTE = "distributed_config"
 _FORGOTTEN = {"is_legacy_optimizer", "jit_compile", "decay"}
 
 
-def settings_of(path: Path) -> tuple[str | None, dict[str, Any]]:
+def settings_of(path: Path, name: str) -> tuple[str | None, dict[str, Any]]:
     """(class name, settings) that Elephas, or this library, left beside the model; (None, {}) where there are none.
+
+    Args:
+        name: What to call the file in errors.
 
     Raises:
         ConfigError: The file is damaged, or holds no Keras model.
@@ -37,9 +40,9 @@ def settings_of(path: Path) -> tuple[str | None, dict[str, Any]]:
         with h5py.File(path) as file:
             attributes = dict(file.attrs)
     except OSError as error:
-        raise ConfigError(f"{str(path)!r} is damaged, or was not written to its end: {error}") from error
+        raise ConfigError(f"{name!r} is damaged, or was not written to its end: {error}") from error
     if "model_config" not in attributes:
-        raise ConfigError(f"{str(path)!r} is an HDF5 file, but no Keras model: it has no attribute 'model_config'.")
+        raise ConfigError(f"{name!r} is an HDF5 file, but no Keras model: it has no attribute 'model_config'.")
     if ATTRIBUTE not in attributes:
         return None, {}
     about = json.loads(attributes[ATTRIBUTE])

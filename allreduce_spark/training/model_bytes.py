@@ -62,7 +62,15 @@ def save_keras(model: keras.Model, path: Path) -> None:
     with keras_lock, _whole_configs(model), warnings.catch_warnings():
         # Unbuilt models are fine: whoever loads them builds them from the data.
         warnings.filterwarnings("ignore", message=".*not yet been built.*")
+        _put_back_optimizer(model)  # the user may have saved an .h5 before
         model.save(path)
+        _put_back_optimizer(model)
+
+
+def _put_back_optimizer(model: keras.Model) -> None:
+    """Saving as .h5 takes the optimizer out of what `compile` was given; the next archive would have Keras's default one."""
+    if model.compiled:
+        _compile_arguments(model).setdefault("optimizer", model.optimizer)
 
 
 @contextlib.contextmanager
@@ -150,7 +158,7 @@ def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
     """Loss, metrics and optimizer, with the functions and schedules in them; nothing of a model that is not compiled."""
     if not model.compiled:
         return
-    compiled = model._compile_config.config if model._compile_config is not None else {}
+    compiled = _compile_arguments(model)
     parts = [model.optimizer, *(compiled.get(key) for key in ("loss", "metrics", "weighted_metrics"))]
     yield from (part for part in keras.tree.flatten(parts) if part is not None and not isinstance(part, str))
     inner = getattr(model.optimizer, "inner_optimizer", None)
@@ -158,6 +166,11 @@ def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
     yield from (part for part in (inner, schedule) if part is not None)
     for part in keras.tree.flatten(parts):
         yield from (value for value in (getattr(part, "fn", None), getattr(part, "_fn", None)) if callable(value))
+
+
+def _compile_arguments(model: keras.Model) -> dict[str, Any]:
+    compiled = getattr(model, "_compile_config", None)
+    return compiled.config if compiled is not None else {}
 
 
 def _may_be_custom(value: object) -> bool:

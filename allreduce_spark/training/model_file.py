@@ -85,7 +85,12 @@ def write_model_file(path: Path, model: keras.Model, class_name: str, settings: 
 
 
 def read_model_file(
-    path: Path, custom_objects: Mapping[str, Any] | None = None, *, safe_mode: bool = True, compiled: bool = True
+    path: Path,
+    custom_objects: Mapping[str, Any] | None = None,
+    *,
+    safe_mode: bool = True,
+    compiled: bool = True,
+    name: str | None = None,
 ) -> ModelFile:
     """Read what `write_model_file`, Keras, or Elephas wrote.
 
@@ -94,16 +99,18 @@ def read_model_file(
         custom_objects: Classes and functions, by name, beside those registered with Keras.
         safe_mode: Refuse what would run code from the file. Only pass False for a file whose author you trust.
         compiled: Whether to restore loss, metrics and optimizer as well.
+        name: What to call the file in errors, where `path` is a copy of it.
 
     Raises:
         ConfigError: The file is no model file, is damaged, comes from a newer version, or needs code that is not here.
     """
+    name = name or str(path)
     with path.open("rb") as file:
         head = file.read(8)
     archive = head.startswith(b"PK\x03\x04")
     if not archive and head != b"\x89HDF\r\n\x1a\n":
-        raise ConfigError(f"{str(path)!r} is no Keras model file: {_what_it_is(head)}.")
-    class_name, settings = _settings_of_archive(path) if archive else legacy_h5.settings_of(path)
+        raise ConfigError(f"{name!r} is no Keras model file: {_what_it_is(head)}.")
+    class_name, settings = _settings_of_archive(path, name) if archive else legacy_h5.settings_of(path, name)
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
         named = Path(folder) / ("model.keras" if archive else "model.h5")  # Keras goes by the name
         named.symlink_to(path.absolute())
@@ -112,11 +119,11 @@ def read_model_file(
             with keras_lock:
                 model = load(named, dict(custom_objects or {}), compiled, safe_mode)
         except Exception as error:
-            raise ConfigError(_why_not_loaded(path, error)) from error
+            raise ConfigError(_why_not_loaded(name, error)) from error
     return ModelFile(model, class_name, settings)
 
 
-def _why_not_loaded(path: Path, error: Exception) -> str:
+def _why_not_loaded(name: str, error: Exception) -> str:
     if "Lambda" in str(error) or "lambda" in str(error):
         advice = (
             "A Lambda layer is Python bytecode in the file, which could do anything. If you trust the author of the file, pass "
@@ -127,7 +134,7 @@ def _why_not_loaded(path: Path, error: Exception) -> str:
             "Classes and functions of your own must be there when the file is read: import the module that registers them "
             "with @keras.saving.register_keras_serializable(), or pass custom_objects."
         )
-    return f"{str(path)!r} cannot be loaded by Keras {keras.__version__}: {type(error).__name__}: {error} {advice}"
+    return f"{name!r} cannot be loaded by Keras {keras.__version__}: {type(error).__name__}: {error} {advice}"
 
 
 def _what_it_is(head: bytes) -> str:
@@ -138,7 +145,7 @@ def _what_it_is(head: bytes) -> str:
     return f"it begins with {head!r}, not as a .keras archive or an HDF5 file does"
 
 
-def _settings_of_archive(path: Path) -> tuple[str | None, dict[str, Any]]:
+def _settings_of_archive(path: Path, name: str) -> tuple[str | None, dict[str, Any]]:
     """(class name, settings), after making sure that the archive is whole."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -146,19 +153,17 @@ def _settings_of_archive(path: Path) -> tuple[str | None, dict[str, Any]]:
             names = set(archive.namelist())
             text = archive.read(_ENTRY) if _ENTRY in names else None
     except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ConfigError(f"{str(path)!r} is damaged, or was not written to its end: {error}") from error
+        raise ConfigError(f"{name!r} is damaged, or was not written to its end: {error}") from error
     if damaged is not None:
-        raise ConfigError(f"{str(path)!r} is damaged: the checksum of its part {damaged!r} is wrong.")
+        raise ConfigError(f"{name!r} is damaged: the checksum of its part {damaged!r} is wrong.")
     if not names >= _ARCHIVE_ENTRIES:
-        raise ConfigError(
-            f"{str(path)!r} is a zip file, but no Keras model: it lacks {sorted(_ARCHIVE_ENTRIES - names)}."
-        )
+        raise ConfigError(f"{name!r} is a zip file, but no Keras model: it lacks {sorted(_ARCHIVE_ENTRIES - names)}.")
     if text is None:
         return None, {}
     about = json.loads(text)
     if about["format_version"] > FORMAT_VERSION:
         raise ConfigError(
-            f"{str(path)!r} was written by a newer version of allreduce-spark (format {about['format_version']}; this one "
+            f"{name!r} was written by a newer version of allreduce-spark (format {about['format_version']}; this one "
             f"reads up to {FORMAT_VERSION}): update allreduce-spark, or load the model alone with keras.saving.load_model."
         )
     return about["class_name"], about["config"]

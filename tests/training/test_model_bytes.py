@@ -208,3 +208,12 @@ def test_settings_that_keras_forgets_to_save_arrive(tmp_path, loss, metric):
     compiled = arrived._compile_config.config["metrics"][0]
     assert compiled._fn_kwargs == metric._fn_kwargs
     assert [loss.get_config(), metric.get_config()] == before  # mended for the moment of saving only
+
+
+def test_a_model_that_keras_has_saved_as_h5_still_has_its_optimizer(tmp_path):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile(keras.optimizers.Adam(0.5), "mse")
+    model.save(tmp_path / "model.h5")
+    path = tmp_path / "model.keras"
+    path.write_bytes(model_to_bytes(model))
+    assert float(load_model(path, {}).optimizer.learning_rate) == 0.5
