@@ -169,9 +169,7 @@ def _shaped(values: Values, form: ArrayForm, rows: int) -> Values:
     if form.shape is not None and not _fits(shape, form.shape):
         fixed = form.fixed_shape
         if fixed is None or int(np.prod(fixed)) != int(np.prod(shape)):
-            raise RowError(
-                f"{_named(form)} has {_described(shape)}, but {form.owner} takes {_described(form.shape)}", 0
-            )
+            raise RowError(_misfit(form, shape), 0)
         shape = fixed
     if form.limits is not None:
         _check_limits(values, form)

@@ -136,7 +136,7 @@ def test_a_nan_is_refused_or_kept(column):
         read({"c": pa.array(column)}, form, invalid="error")
     assert caught.value.row == 1
     assert np.isnan(read({"c": pa.array(column)}, form)[0]).sum() == 1
-    with pytest.raises(RowError, match="^column 'c' has a NaN"):
+    with pytest.raises(RowError, match=r"^column 'c' has a NaN"):
         read({"b": pa.array([1, 2]), "c": pa.array(column)}, ArrayForm("", ("b", "c")), invalid="error")
 
 
