@@ -18,7 +18,7 @@ help:
 	@echo "make demo       train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
 	@echo "make test       all tests"
 	@echo "make lint       ruff, mypy, the import rule"
-	@echo "make bench      measure step time, start-up and memory (minutes; on a quiet machine)"
+	@echo "make bench      measure step time, start-up, memory and inference (minutes; on a quiet machine)"
 	@echo "make clean      remove caches and build products; 'make distclean' removes .venv as well"
 
 demo: .venv/.demo
@@ -35,7 +35,7 @@ lint: .venv/.test
 	$(BIN)/python -m pytest --quiet tests/test_doors.py
 
 # A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.
-bench: .venv/.test
+bench: .venv/.test .venv-elephas/.created
 	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 clean:
@@ -44,7 +44,7 @@ clean:
 	find allreduce_spark tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-elephas
 
 # Said before anything is downloaded: what the machine itself lacks, and how to get it.
 check-machine:
@@ -63,4 +63,12 @@ check-machine:
 
 .venv/.test: $(METADATA) .venv/.created | check-machine
 	$(INSTALL) ".[demo,test]"
+	@touch $@
+
+# The library to compare with, and the older versions that it pins: beside ours they could not be installed.
+.venv-elephas/.created: | check-machine
+	"$(PYTHON)" -m venv --clear .venv-elephas
+	.venv-elephas/bin/python -m pip install --quiet --disable-pip-version-check --no-deps elephas==7.3.0
+	.venv-elephas/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "tensorflow-cpu<2.20" "keras<3.11" "pyspark==3.5.5" "numpy<2" "h5py==3.11.0" "flask==2.3.3" pandas pyarrow setuptools
 	@touch $@

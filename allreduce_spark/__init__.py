@@ -12,16 +12,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allreduce_spark.config import Timeouts
     from allreduce_spark.errors import AllReduceSparkError
+    from allreduce_spark.spark.estimator import AllReduceEstimator
+    from allreduce_spark.spark.mllib import SparkMLlibModel
     from allreduce_spark.spark.model import SparkModel
+    from allreduce_spark.spark.search import search
+    from allreduce_spark.spark.transformer import AllReduceTransformer
 
 __version__ = "0.1.0"
 
-__all__ = ["AllReduceSparkError", "SparkModel", "Timeouts", "__version__"]
+__all__ = [
+    "AllReduceEstimator",
+    "AllReduceSparkError",
+    "AllReduceTransformer",
+    "SparkMLlibModel",
+    "SparkModel",
+    "Timeouts",
+    "__version__",
+    "search",
+]
 
 _HOME_OF = {
+    "AllReduceEstimator": "allreduce_spark.spark.estimator",
     "AllReduceSparkError": "allreduce_spark.errors",
+    "AllReduceTransformer": "allreduce_spark.spark.transformer",
+    "SparkMLlibModel": "allreduce_spark.spark.mllib",
     "SparkModel": "allreduce_spark.spark.model",
     "Timeouts": "allreduce_spark.config",
+    "search": "allreduce_spark.spark.search",
 }
 
 
