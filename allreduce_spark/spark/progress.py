@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from allreduce_spark.rendezvous.protocol import Phase
 
-__all__ = ["Display"]
+__all__ = ["Display", "erasing"]
 
 WAITING_FOR = {
     Phase.SLOTS: "counting slots",
@@ -80,7 +80,7 @@ class Display:
             if self._num_ranks is not None:
                 text = f"{self._num_ranks} ranks: {text}"
             if self._bar is None:
-                self._bar = tqdm(desc=text, bar_format="{desc} [{elapsed}]" + _erasing(sys.stderr), leave=False)
+                self._bar = tqdm(desc=text, bar_format="{desc} [{elapsed}]" + erasing(sys.stderr), leave=False)
             self._bar.set_description_str(text)
 
     def _show_step(
@@ -97,7 +97,7 @@ class Display:
                 self._bar.refresh()
         elif self._verbose == 2 and epoch_done:
             line = f"Epoch {epoch + 1}/{self._epochs} - {steps} steps - {elapsed:.1f}s - {text}"
-            tqdm.write(line + _erasing(sys.stdout))
+            tqdm.write(line + erasing(sys.stdout))
             sys.stdout.flush()
         if epoch_done:
             self._epoch_started_at = time.monotonic()
@@ -118,6 +118,6 @@ class Display:
         self._close_bar()
 
 
-def _erasing(stream: TextIO) -> str:
+def erasing(stream: TextIO) -> str:
     """What erases the rest of a line on a terminal: Spark draws a bar of its own there, and ours may be shorter."""
     return "\x1b[K" if stream.isatty() else ""

@@ -51,6 +51,7 @@ def search(
     label_col: str | Sequence[str] = "label",
     weight_col: str | None = None,
     ranks_per_trial: int = 1,
+    sync_every: int | str = 1,
     max_parallel: int | None = None,
     sampler: str | optuna.samplers.BaseSampler = "tpe",
     pruner: str | optuna.pruners.BasePruner | None = "asha",
@@ -73,8 +74,8 @@ def search(
             calling thread.
         space: Name -> what values it may take. A list is a choice among its elements; a tuple `(low, high)` is a range, of
             integers if both ends are, and `(low, high, "log")` one whose orders of magnitude are equally likely; both ends are
-            part of a range. A distribution of `optuna.distributions` is what it is. The names "epochs" and "batch_size"
-            take the place of those arguments; `build_model` sees them as well.
+            part of a range. A distribution of `optuna.distributions` is what it is. The names "epochs", "batch_size" and
+            "sync_every" take the place of those arguments; `build_model` sees them as well.
         data: As for `SparkModel.fit`.
         max_trials: How many settings to try.
         epochs: As for `fit`; needed unless the space has it.
@@ -89,6 +90,7 @@ def search(
             need different paths.
         features_col, label_col, weight_col: As for `fit`.
         ranks_per_trial: How many ranks train a model together.
+        sync_every: As for `SparkModel`.
         max_parallel: How many trials run at once, at most; None for as many as have room.
         sampler: "tpe" to learn from the trials so far, "random", or a sampler of `optuna.samplers`.
         pruner: "asha" for successive halving, None to give up no trial, or a pruner of `optuna.pruners`, which is asked after
@@ -130,6 +132,7 @@ def search(
         batch_size=batch_size,
         validation_split=_share_to_hold_out(objective, validation_split, validation_data),
         class_weight=class_weight,
+        sync_every=sync_every,
         seed=seed,
     )
     study = Study(space, direction=towards, sampler=sampler, pruner=pruner, epochs=epochs, seed=seed)

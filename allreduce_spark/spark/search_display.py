@@ -7,6 +7,7 @@ import time
 
 from tqdm.auto import tqdm
 
+from allreduce_spark.spark.progress import erasing
 from allreduce_spark.spark.search_result import Trial
 
 __all__ = ["SearchDisplay"]
@@ -46,9 +47,8 @@ class SearchDisplay:
                 for name, setting in trial.params.items()
             )
             error = "" if trial.error is None else f" - {type(trial.error).__name__}: {trial.error}"
-            tqdm.write(
-                f"Trial {trial.number} {trial.state}{value} - {trial.epochs} epochs - {trial.duration_s:.1f}s - {params}{error}"
-            )
+            took = f"{trial.epochs} epochs - {trial.duration_s:.1f}s"
+            tqdm.write(f"Trial {trial.number} {trial.state}{value} - {took} - {params}{error}{erasing(sys.stdout)}")
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ __all__ = ["Callbacks", "TrialFits"]
 
 Callbacks = Sequence["keras.callbacks.Callback"]
 
-FOR_FIT = ("epochs", "batch_size")
+FOR_FIT = ("epochs", "batch_size", "sync_every")
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,7 @@ def test_cancelling_the_job_group_ends_all_trials(spark, nothing_stays, tmp_path
         ({"on_failure": "ignore"}, "on_failure must be"),
         ({"epochs": None}, "epochs is missing"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"sync_every": 0}, "sync_every must be at least 1"),
         ({"objective": "val_happiness"}, "say direction"),
         ({"direction": "up"}, "direction must be"),
         ({"objective": None}, "must be the name of a metric"),

@@ -68,6 +68,7 @@ def test_the_average_is_the_mean_of_the_predictions_of_members_with_the_same_nam
     expected = np.mean([predict(member) for member in members], axis=0)
     ensemble = ensemble_of(members)
     np.testing.assert_allclose(predict(ensemble), expected, atol=1e-6)
+    assert {member.name for member in members} == {"classifier"}  # they are as they were
 
 
 def test_votes_are_counted_per_class():
