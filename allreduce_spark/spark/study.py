@@ -21,8 +21,8 @@ __all__ = ["Direction", "State", "Study"]
 Direction = Literal["minimize", "maximize"]
 State = Literal["complete", "pruned", "stopped", "failed"]
 
-# Successive halving looks at trials after 1/9 and 1/3 of their epochs and lets one in three go on. It could look earlier, but then
-# to begin a trial costs more than is saved.
+# Successive halving looks at trials after 1/9 and 1/3 of their epochs, and lets one in three go on. It could look earlier, but
+# then to begin a trial costs more than is saved.
 REDUCTION_FACTOR, RUNGS = 3, 2
 
 
