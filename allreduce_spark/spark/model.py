@@ -28,6 +28,7 @@ from allreduce_spark.spark.stage import (
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
 from allreduce_spark.training.job import pickle_objects
+from allreduce_spark.training.layout import layer_model
 from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class SparkModel:
         context = active_context()
         columns = _columns(features_col, label_col, weight_col)
         blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
-        return result_of(self.model, evaluate_blocks(self._inference_task(batch_size), blocks))
+        return result_of(self.model, evaluate_blocks(self._inference_task(self.model, batch_size), blocks))
 
     def predict(self, data: Any, *, batch_size: int = 32, features_col: str | Sequence[str] = "features") -> Any:
         """The model's predictions for all rows, in the order of `data`, brought to the driver.
@@ -209,10 +210,36 @@ class SparkModel:
         Raises:
             ConfigError, DataError: As in `evaluate`.
         """
+        return self._outputs_of(self.model, data, batch_size, features_col)
+
+    def extract_features(
+        self, data: Any, layer: str, *, batch_size: int = 32, features_col: str | Sequence[str] = "features"
+    ) -> Any:
+        """The output of a named layer for all rows, in the order of `data`, brought to the driver.
+
+        What other models learn from: the layers before it turn rows into features that are worth more.
+
+        Args:
+            data: As for `predict`.
+            layer: Name of a layer of a functional or Sequential model.
+            batch_size: Rows per batch.
+            features_col: As for `fit`.
+
+        Returns:
+            An array of shape (rows, ...).
+
+        Raises:
+            ConfigError: There is no such layer, or the model is neither functional nor Sequential; also as in `evaluate`.
+            DataError: As in `evaluate`.
+        """
+        return self._outputs_of(layer_model(self._built_model(), layer), data, batch_size, features_col)
+
+    def _outputs_of(self, model: keras.Model, data: Any, batch_size: int, features_col: str | Sequence[str]) -> Any:
+        """The outputs of `model` for all rows, in their order."""
         context = active_context()
         columns = _columns(features_col, (), None)
         blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
-        return concatenate(predict_blocks(self._inference_task(batch_size), blocks))
+        return concatenate(predict_blocks(self._inference_task(model, batch_size), blocks))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model, with its weights, optimizer state and the settings of this object, to one file.
@@ -252,15 +279,19 @@ class SparkModel:
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._SETTINGS}
 
-    def _inference_task(self, batch_size: int) -> InferenceTask:
+    def _inference_task(self, model: keras.Model, batch_size: int) -> InferenceTask:
         FitConfig(batch_size=batch_size)  # checks it
+        self._built_model()
+        objects = pickle_objects({**custom_objects_of(model), **self._custom_objects})
+        return InferenceTask(model_to_bytes(model), objects, batch_size)
+
+    def _built_model(self) -> keras.Model:
         if not self.model.built:
             raise ConfigError(
                 "the model has no weights yet, and each partition would draw its own: fit it first, or build it with "
                 "model.build(shape) or keras.Input."
             )
-        objects = pickle_objects({**custom_objects_of(self.model), **self._custom_objects})
-        return InferenceTask(model_to_bytes(self.model), objects, batch_size)
+        return self.model
 
 
 def _verbosity(verbose: int | str) -> int:

@@ -20,6 +20,7 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
 from allreduce_spark.training.model_bytes import load_model
+from allreduce_spark.training.scoring import load_uncompiled
 
 __all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
 
@@ -64,7 +65,7 @@ def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
     batches = _batches(blocks, task.batch_size)
     if batches is None:
         return None
-    model = _model(task)
+    model = _model(task, compiled=False)
     check_inputs(model, batches.spec)
     return model.predict(batches.dataset(), verbose=0)
 
@@ -78,7 +79,7 @@ def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetr
     batches = _batches(blocks, task.batch_size)
     if batches is None:
         return None
-    model = _model(task)
+    model = _model(task, compiled=True)
     check_labels(model, batches.spec)
     check_inputs(model, batches.spec)
     model.evaluate(batches.dataset(), verbose=0)
@@ -120,16 +121,20 @@ def _batches(blocks: Iterable[bytes], batch_size: int) -> ShardBatches | None:
         return ShardBatches(Shard.open(path), BatchPlan((writer.rows,), batch_size), rank=0)
 
 
-_last: tuple[bytes, keras.Model] | None = None
+_last: tuple[tuple[bytes, bool], keras.Model] | None = None
 
 
-def _model(task: InferenceTask) -> keras.Model:
+def _model(task: InferenceTask, *, compiled: bool) -> keras.Model:
     """Load the model, once for all partitions that one Python worker works on."""
     global _last
-    digest = hashlib.sha256(task.model + task.objects).digest()  # a function of one name may have been written anew
-    if _last is None or _last[0] != digest:
-        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-            path = Path(folder) / "model.keras"
-            path.write_bytes(task.model)
-            _last = (digest, load_model(path, cloudpickle.loads(task.objects)))
+    # A function of one name may have been written anew.
+    key = (hashlib.sha256(task.model + task.objects).digest(), compiled)
+    if _last is None or _last[0] != key:
+        if compiled:
+            with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+                path = Path(folder) / "model.keras"
+                path.write_bytes(task.model)
+                _last = (key, load_model(path, cloudpickle.loads(task.objects)))
+        else:
+            _last = (key, load_uncompiled(task.model, task.objects))
     return _last[1]

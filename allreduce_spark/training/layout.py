@@ -17,6 +17,7 @@ __all__ = [
     "check_is_model",
     "feature_forms",
     "inputs_of",
+    "layer_model",
     "layer_of",
     "outputs_in_order",
     "outputs_of",
@@ -102,6 +103,16 @@ def sub_model(model: keras.Model, layer: str, *, with_outputs: bool) -> keras.Mo
     return keras.Model(list(tensors_of(model, "input").values()), [*outputs, wanted])
 
 
+def layer_model(model: keras.Model, layer: str) -> keras.Model:
+    """A model with the same weights and the same inputs whose output is that of a layer.
+
+    Raises:
+        ConfigError: See `layer_of`.
+    """
+    wanted = layer_of(model, layer)
+    return keras.Model(model.inputs if isinstance(model, keras.Sequential) else model.input, wanted)
+
+
 def outputs_in_order(result: Any, names: Iterable[str]) -> list[Any]:
     """The arrays that a model returned, in the order of the names of `outputs_of`."""
     if isinstance(result, dict):
@@ -143,7 +154,7 @@ def layer_of(model: keras.Model, name: str) -> Any:
     """The output tensor of a named layer.
 
     Raises:
-        ConfigError: There is no such layer, the model is no functional or Sequential one, or the layer is used twice.
+        ConfigError: There is no such layer, the model is no functional or Sequential one, or the layer has several outputs in it.
     """
     if not getattr(model, "inputs", None):
         raise ConfigError(
@@ -153,13 +164,15 @@ def layer_of(model: keras.Model, name: str) -> Any:
     layers = {layer.name: layer for layer in model.layers}
     if name not in layers:
         raise ConfigError(f"the model has no layer {name!r}; its layers are {list(layers)}.")
-    try:
-        output = layers[name].output
-    except AttributeError as error:  # Keras's way to say that the layer is called at several places
-        raise ConfigError(f"the output of the layer {name!r} is not one tensor: {error}") from error
-    if not hasattr(output, "shape"):
-        raise ConfigError(f"the layer {name!r} has several outputs ({output}); name a layer with one.")
-    return output
+    # Not `layer.output`: a layer may have been used in other models before this one.
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    outputs = [tensor for node in graph._nodes if node.operation is layers[name] for tensor in node.output_tensors]
+    if len(outputs) != 1:
+        raise ConfigError(
+            f"the layer {name!r} has {len(outputs)} outputs in this model, because it is used several times or returns several "
+            "tensors: name a layer with one."
+        )
+    return outputs[0]
 
 
 def _form_of(slot: Slot, columns: tuple[str, ...]) -> ArrayForm:

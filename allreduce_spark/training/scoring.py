@@ -18,7 +18,7 @@ from allreduce_spark.training.job import pickle_objects
 from allreduce_spark.training.layout import outputs_in_order, outputs_of, sub_model
 from allreduce_spark.training.model_bytes import custom_objects_of, keras_lock, model_to_bytes
 
-__all__ = ["PackedModel", "Scorer", "pack", "scorer_of", "state_of"]
+__all__ = ["PackedModel", "Scorer", "load_uncompiled", "pack", "scorer_of", "state_of"]
 
 MODELS_KEPT = 2  # per Python worker: a cross-validation, for example, uses several in turn
 
@@ -63,7 +63,7 @@ class Scorer:
     """
 
     def __init__(self, packed: PackedModel, layer: str, *, with_outputs: bool) -> None:
-        model = _load(packed)
+        model = load_uncompiled(packed.archive, packed.objects)
         self._outputs = [slot.name for slot in outputs_of(model) or ()]
         # Keras takes a list for a list of inputs only in its order; models of which it knows no inputs say names themselves.
         self._takes_list = bool(layer) or (bool(getattr(model, "inputs", None)) and not _is_dict(model))
@@ -115,10 +115,12 @@ def scorer_of(token: str, layer: str, *, with_outputs: bool, packed: Callable[[]
     return _scorers[key]
 
 
-def _load(packed: PackedModel) -> keras.Model:
-    """Load it uncompiled. Lambda layers are allowed: the archive comes from the user's own driver."""
+def load_uncompiled(archive: bytes, objects: bytes) -> keras.Model:
+    """A packed model without loss, metrics and optimizer, nor need of the user's code for them.
+
+    Lambda layers are allowed: the archive comes from the user's own driver.
+    """
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder, keras_lock:
         path = Path(folder) / "model.keras"
-        path.write_bytes(packed.archive)
-        objects = cloudpickle.loads(packed.objects)
-        return keras.saving.load_model(path, custom_objects=objects, compile=False, safe_mode=False)
+        path.write_bytes(archive)
+        return keras.saving.load_model(path, custom_objects=cloudpickle.loads(objects), compile=False, safe_mode=False)

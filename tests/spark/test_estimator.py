@@ -167,6 +167,8 @@ def test_cross_validation_and_train_validation_split_with_fits_at_the_same_time(
     assert found.bestModel.model.optimizer.learning_rate.numpy() == pytest.approx(0.05)
     assert evaluator.evaluate(found.transform(frame)) < found.avgMetrics[0]
 
+    # Two fits of one rank each fit into the two slots side by side.
+    estimator.setNumRanks(1)
     models = ParamGridBuilder().addGrid(estimator.model, [large, small]).build()
     split = TrainValidationSplit(
         estimator=estimator, estimatorParamMaps=models, evaluator=evaluator, parallelism=2, seed=1
