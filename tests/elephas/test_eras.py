@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import keras
@@ -114,7 +115,7 @@ def test_the_attributes_of_elephas_are_there() -> None:
 
 
 def test_a_model_that_is_not_compiled_is_refused_in_the_words_of_elephas() -> None:
-    with pytest.raises(Exception, match="^Compile your Keras model before initializing an Elephas model with it$"):
+    with pytest.raises(Exception, match=r"^Compile your Keras model before initializing an Elephas model with it$"):
         SparkModel(keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)]))
     with pytest.raises(ConfigError, match="not compiled"):
         SparkModel(regression()).set_network(keras.Sequential([keras.layers.Dense(1)]))
@@ -124,5 +125,7 @@ def test_an_optimizer_for_the_server_is_not_used_and_this_is_said_once() -> None
     tell_about_optimizers.cache_clear()
     with pytest.warns(UserWarning, match="the optimizer that was given to SparkModel is not used") as caught:
         SparkModel(CONTEXT, regression(), optimizer=Adagrad(), mode="synchronous")
-        SparkModel(CONTEXT, regression(), optimizer=Adagrad())
     assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparkModel(CONTEXT, regression(), optimizer=Adagrad())

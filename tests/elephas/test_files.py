@@ -191,7 +191,7 @@ def test_an_estimator_with_a_long_model_is_saved_as_elephas_saves_it(tmp_path: P
 
 def test_an_estimator_with_a_loss_that_has_no_name_cannot_be_saved(tmp_path: Path) -> None:
     estimator = ElephasEstimator(keras_model_config="{}", loss=keras.losses.Huber())
-    with pytest.raises(ConfigError, match="a param of ElephasEstimator cannot be saved.*by name"):
+    with pytest.raises(ConfigError, match=r"a param of ElephasEstimator cannot be saved.*by name"):
         estimator.save(str(tmp_path / "estimator.h5"))
 
 

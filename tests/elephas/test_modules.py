@@ -61,7 +61,7 @@ def test_every_name_of_elephas_can_be_imported_from_its_place(module: str) -> No
 
 def test_a_star_import_of_utils_brings_what_it_brings_in_elephas() -> None:
     namespace: dict[str, object] = {}
-    exec("from allreduce_spark.elephas.utils import *", namespace)
+    exec("from allreduce_spark.elephas.utils import *", namespace)  # noqa: S102 - not allowed within a function
     assert {"add_params", "to_simple_rdd", "lp_to_simple_rdd", "model_to_dict", "RWLock"} <= set(namespace)
 
 
