@@ -166,7 +166,8 @@ def layer_of(model: keras.Model, name: str) -> Any:
         raise ConfigError(f"the model has no layer {name!r}; its layers are {list(layers)}.")
     # Not `layer.output`: a layer may have been used in other models before this one.
     graph = model._functional if isinstance(model, keras.Sequential) else model
-    outputs = [tensor for node in graph._nodes if node.operation is layers[name] for tensor in node.output_tensors]
+    nodes = [node for nodes in graph._nodes_by_depth.values() for node in nodes]
+    outputs = [tensor for node in nodes if node.operation is layers[name] for tensor in node.output_tensors]
     if len(outputs) != 1:
         raise ConfigError(
             f"the layer {name!r} has {len(outputs)} outputs in this model, because it is used several times or returns several "
