@@ -5,7 +5,7 @@ python examples/images/train.py --images 101_ObjectCategories --classes wild_cat
 spark-submit --master spark://HOST:7077 examples/images/train.py --images hdfs:///101_ObjectCategories --num-ranks 4
 
 The folder has one sub-folder for each class, as Caltech-101 has; all executors must be able to read it. Into the output
-folder go the curves and the confusion matrix as PNG files, and the trained model.
+folder go the curves and the confusion matrix as PNG files, and the trained model. Spark itself passes over empty files.
 """
 
 import argparse
