@@ -15,7 +15,7 @@ from pyspark.ml.functions import array_to_vector
 from pyspark.sql import SparkSession
 from sklearn.datasets import load_digits
 
-from allreduce_spark.spark.estimator import AllReduceEstimator
+from allreduce_spark import AllReduceEstimator
 
 
 def build_model() -> keras.Model:

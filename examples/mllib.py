@@ -14,8 +14,8 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 
+from allreduce_spark import SparkMLlibModel
 from allreduce_spark.spark.adapters import to_labeled_point
-from allreduce_spark.spark.mllib import SparkMLlibModel
 
 
 def build_model() -> keras.Model:

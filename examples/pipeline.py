@@ -14,7 +14,7 @@ from pyspark.ml.feature import StandardScaler, StringIndexer, VectorAssembler
 from pyspark.sql import SparkSession
 from sklearn.datasets import load_diabetes, load_wine
 
-from allreduce_spark.spark.estimator import AllReduceEstimator
+from allreduce_spark import AllReduceEstimator
 
 
 def classify_wines(spark: SparkSession, num_ranks: int, epochs: int) -> float:

@@ -14,8 +14,7 @@ from pyspark.sql import SparkSession
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from allreduce_spark import SparkModel
-from allreduce_spark.spark.search import search
+from allreduce_spark import SparkModel, search
 
 
 def build_model(params: dict[str, Any]) -> keras.Model:

@@ -28,9 +28,9 @@ FOLDER = Path(__file__).parent
 ELEPHAS_PYTHON = FOLDER.parents[1] / ".venv-elephas" / "bin" / "python"
 CORES = len(os.sched_getaffinity(0))
 # name: (rows, numbers per row, hidden units, classes)
-CASES = {"64-128-10": (400_000, 64, (128,), 10), "784-1024-1024-10": (60_000, 784, (1024, 1024), 10)}
+CASES = {"64-128-10": (200_000, 64, (128,), 10), "784-1024-1024-10": (30_000, 784, (1024, 1024), 10)}
 GOALS = "goals: 3 x Elephas, 0.8 x plain predict per core"
-REPEATS = 5
+REPEATS = 3
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def cached_frame(folder: Path) -> Any:
     )
     spark.sparkContext.setLogLevel("ERROR")
     x = np.load(folder / "x.npy", mmap_mode="r")
-    slices = [(start, min(start + 20_000, len(x))) for start in range(0, len(x), 20_000)]
+    slices = [(start, min(start + 10_000, len(x))) for start in range(0, len(x), 10_000)]
 
     def rows(bounds: Any) -> Any:
         values = np.load(folder / "x.npy", mmap_mode="r")
@@ -165,7 +165,6 @@ def elephas(folder: Path, case: Any) -> list[float]:
         keras_model_config=model.to_json(),
         weights=model.get_weights(),
         model_type=ModelType.CLASSIFICATION,
-        loss="categorical_crossentropy",
     )
     return rates_of(lambda: to_nowhere(transformer.transform(frame)), case[0])
 
