@@ -62,9 +62,14 @@ def test_the_setting_that_learns_wins_and_the_rows_are_read_once_for_all_trials(
         read.add(1)
         return row
 
+    def looking_around(params):
+        stored.append([(info.numCachedPartitions(), info.memSize()) for info in storage_info() if info.diskSize()])
+        return layered(params)
+
+    stored, storage_info = [], spark.sparkContext._jsc.sc().getRDDStorageInfo
     rows = spark.sparkContext.parallelize(list(zip(X[:80], Y[:80], strict=True)), 3).map(counted)
     result = search(
-        layered,
+        looking_around,
         **grid(rate=[0.0, 0.05], units=[4, 8], batch_size=[8]),
         data=rows,
         validation_data=(X[80:], Y[80:]),
@@ -77,6 +82,7 @@ def test_the_setting_that_learns_wins_and_the_rows_are_read_once_for_all_trials(
     )
 
     assert read.value == 80
+    assert stored == 4 * [[(1, 0)]]  # one partition, on disk and not in memory, from before the first trial on
     assert [trial.number for trial in result.trials] == list(range(4))
     assert {trial.state for trial in result.trials} == {"complete"}
     assert result.best_params["rate"] == 0.05
