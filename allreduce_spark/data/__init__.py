@@ -1,7 +1,8 @@
 """Rows on their way to a rank: columnar Arrow blocks, and the shard that one rank reads. No Spark, no Keras.
 
 rows, arrays, tables    what a user gives  -> (shard, block) pairs, in a Spark map task or on the driver
-forms, columns          what the columns of a table must be, and reading them so
+forms, flat, columns    what the columns of a table must be, and reading them so
+cells                   the way back: arrays -> columns
 blocks                  a block <-> bytes, and dealing rows out to the shards
 spool                   blocks -> the file of one shard, in the agent
 shard                   the mapped file -> the rows of a batch, in the rank process

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 from allreduce_spark.data.blocks import BLOCK_BYTES, BlockDealer, merge_batches, schema_of
-from allreduce_spark.data.columns import RowError, Values, check_columns, read_columns
+from allreduce_spark.data.columns import check_columns, read_columns
+from allreduce_spark.data.flat import RowError, Values
 from allreduce_spark.data.forms import ArrayForm, TableForm
 from allreduce_spark.data.spec import LeafSpec, NestSpec, RowSpec, Structure
 from allreduce_spark.data.values import fixed_size_lists

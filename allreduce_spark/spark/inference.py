@@ -13,7 +13,8 @@ from pyspark import RDD, Broadcast, TaskContext
 from pyspark.errors import PySparkException
 
 from allreduce_spark.data.cells import lists, numbers, vectors
-from allreduce_spark.data.columns import RowError, Values, read_columns
+from allreduce_spark.data.columns import read_columns
+from allreduce_spark.data.flat import RowError, Values
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDependencyError
 from allreduce_spark.spark.stage import missing_module

@@ -154,7 +154,8 @@ def layer_of(model: keras.Model, name: str) -> Any:
     """The output tensor of a named layer.
 
     Raises:
-        ConfigError: There is no such layer, the model is no functional or Sequential one, or the layer has several outputs in it.
+        ConfigError: There is no such layer, the model is no functional or Sequential one, or the layer has several
+            outputs in it.
     """
     if not getattr(model, "inputs", None):
         raise ConfigError(
@@ -170,8 +171,8 @@ def layer_of(model: keras.Model, name: str) -> Any:
     outputs = [tensor for node in nodes if node.operation is layers[name] for tensor in node.output_tensors]
     if len(outputs) != 1:
         raise ConfigError(
-            f"the layer {name!r} has {len(outputs)} outputs in this model, because it is used several times or returns several "
-            "tensors: name a layer with one."
+            f"the layer {name!r} has {len(outputs)} outputs in this model: it is used several times, or returns several "
+            "tensors. Name a layer with one."
         )
     return outputs[0]
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from allreduce_spark.data.cells import lists, numbers, vectors
-from allreduce_spark.data.columns import RowError, check_columns, null_rows, read_columns
+from allreduce_spark.data.columns import check_columns, read_columns
+from allreduce_spark.data.flat import RowError, null_rows
 from allreduce_spark.data.forms import ArrayForm, TableForm
 from allreduce_spark.errors import DataError
 
