@@ -35,6 +35,7 @@ from allreduce_spark.elephas.ml.params import (
 )
 from allreduce_spark.elephas.spark_model import SparkModel
 from allreduce_spark.elephas.utils.model_utils import LossModelTypeMapper, ModelType
+from allreduce_spark.spark.persistence import Persistent, plain_history
 from allreduce_spark.spark.transformer import AllReduceTransformer
 from allreduce_spark.training.architecture import compile_model, model_from_json, settings_of
 
@@ -162,6 +163,7 @@ class ElephasTransformer(
     HasFeaturesCol,
     HasCustomObjects,
     HasInferenceBatchSize,
+    Persistent,
 ):
     """Adds the predictions of a Keras model to the rows of a DataFrame, as the column `outputCol`.
 
@@ -186,7 +188,8 @@ class ElephasTransformer(
         self._setDefault(outputCol="prediction")
         self.weights, self.model_type = [np.asarray(weight) for weight in weights], model_type
         self._history = list(history)
-        self._adder: AllReduceTransformer | None = None
+        self._adder: AllReduceTransformer | None = None  # keeps what it has sent to the executors
+        self._adder_of: list[np.ndarray] | None = None
         self.set_params(**kwargs)
 
     @property
@@ -196,14 +199,20 @@ class ElephasTransformer(
 
     def set_params(self, **kwargs: Any) -> ElephasTransformer:
         """Set params by name."""
-        _set_by_name(self, kwargs)
+        self._set_known(kwargs)
+        self._adder = None
         return self
+
+    def _set_known(self, params: Mapping[str, Any]) -> None:
+        _set_by_name(self, params)
 
     def get_config(self) -> dict[str, Any]:
         """The params, the weights as nested lists, and the type of the model."""
+        return {**self._config(), "weights": [weight.tolist() for weight in self.weights]}
+
+    def _config(self) -> dict[str, Any]:
         names = ("keras_model_config", "labelCol", "featuresCol", "outputCol")
-        config = {name: self.getOrDefault(name) for name in names}
-        return {**config, "weights": [weight.tolist() for weight in self.weights], "model_type": self.model_type}
+        return {**{name: self.getOrDefault(name) for name in names}, "model_type": self.model_type}
 
     def get_model(self) -> keras.Model:
         """The model with its weights, not compiled."""
@@ -212,15 +221,35 @@ class ElephasTransformer(
         return model
 
     def save(self, file_name: str) -> None:
-        """Write the model and the params to a model file, `.h5` or `.keras`; what is there is replaced.
+        """Write the params and the weights to an HDF5 file; what is there is replaced.
+
+        A PipelineModel with this stage saves it as it saves any stage, with `write()`.
 
         Raises:
-            ConfigError: The file cannot be written, or has another ending.
+            ConfigError: The file cannot be written.
         """
-        files.write_transformer(file_name, self)
+        config = {**self._config(), "history": [plain_history(history) for history in self.history]}
+        files.write_config(file_name, type(self).__name__, config, self.weights)
+
+    def write(self) -> Any:
+        """The writer for Spark's pipelines; custom objects are not written."""
+        stage = self.copy()
+        stage.clear(stage.custom_objects)
+        return Persistent.write(stage)
+
+    _saved_model = get_model
+
+    def _saved_about(self) -> dict[str, Any]:
+        history = [plain_history(history) for history in self.history]
+        return {"history": history, "modelType": self.model_type.name if self.model_type else None}
+
+    def _restore(self, model: keras.Model, about: dict[str, Any]) -> None:
+        self.weights, self._history = model.get_weights(), about["history"]
+        self.model_type = ModelType[about["modelType"]] if about["modelType"] else None
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        if self._adder is None:
+        if self._adder is None or self._adder_of is not self.weights:
+            self._adder_of = self.weights
             self._adder = AllReduceTransformer(
                 self.get_model(), task="regression", outputType="array", probabilityCol=""
             )
@@ -251,7 +280,7 @@ def load_ml_transformer(file_name: str, custom_objects: Mapping[str, Any] | None
     Raises:
         ConfigError: There is no such file, or it holds something else.
     """
-    config = files.read_transformer(file_name, ElephasTransformer.__name__, custom_objects)
+    config = files.read_config(file_name, ElephasTransformer.__name__)
     return ElephasTransformer(**config, custom_objects=dict(custom_objects or {}))
 
 
