@@ -1,9 +1,9 @@
 """`HyperParamModel`, which Elephas 0.3 to 2.1 had on hyperas, over `allreduce_spark.spark.search`.
 
-As there, a function `data()` returns (x_train, y_train, x_test, y_test), and a function `model(x_train, y_train, x_test, y_test)`,
-with templates of hyperas in it, builds a model, fits and judges it, and returns a dict with its "loss". Here the building is done on
-the driver, up to `model.fit(...)`; the fitting by trials on the executors; and the rest of the function, which judges, on
-the driver again, with the trained weights in the model.
+As there, a function `data()` returns (x_train, y_train, x_test, y_test), and a function `model(x_train, y_train, x_test,
+y_test)`, with templates of hyperas in it, builds a model, fits and judges it, and returns a dict with its "loss". Here the
+building is done on the driver, up to `model.fit(...)`; the fitting by trials on the executors; and the rest of the function,
+which judges, on the driver again, with the trained weights in the model.
 """
 
 from __future__ import annotations

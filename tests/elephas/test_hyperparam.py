@@ -1,6 +1,6 @@
 """The search of Elephas 0.3 to 2.1, in the form that hyperas gave it: templates in the source of a function."""
 
-# ruff: noqa: B018, F821 - the names in templates are hyperas's, and templates are no useful expressions
+# ruff: noqa: F821 - the names in templates are hyperas's
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def model(x_train, y_train, x_test, y_test):
     rate = {{choice([0.05, 1e-9])}}
     model.compile(keras.optimizers.Adam(rate), "categorical_crossentropy", metrics=["accuracy"])
     fitted = model.fit(x_train, y_train, batch_size={{choice([8, 16])}}, nb_epoch=3, verbose=2, show_accuracy=True)
-    score, accuracy = model.evaluate(x_test, y_test, verbose=0)
+    score, _ = model.evaluate(x_test, y_test, verbose=0)
     assert len(fitted.history["loss"]) == 3
     return {"loss": score, "status": STATUS_OK, "model": model}
 
@@ -90,7 +90,7 @@ def test_what_cannot_be_read_is_refused() -> None:
 @pytest.mark.slow
 def test_the_best_model_is_found_and_the_best_ones_decide_together(spark: SparkSession) -> None:
     pytest.importorskip("optuna")
-    x_train, y_train, x_test, y_test = data()
+    _, _, x_test, y_test = data()
     hyperparam = HyperParamModel(spark.sparkContext, num_workers=2)
 
     trials = hyperparam.compute_trials(model, data, max_evals=3)
