@@ -36,8 +36,9 @@ __all__ = [
     "shards_of",
 ]
 
-# So much of the driver's arrays goes to each rank in one task; more takes the way of an RDD, through a shuffle.
-DIRECT_BYTES_PER_RANK = 512 << 20
+# So much of the driver's arrays goes to each rank in one task; more takes the way of an RDD, through a shuffle. A task that is
+# sent to an executor must not be larger than spark.rpc.message.maxSize, 128 MiB.
+DIRECT_BYTES_PER_RANK = 64 << 20
 BLOCKS_PER_SLICE = 8
 
 
@@ -111,7 +112,8 @@ def blocks_of(context: SparkContext, data: Any, columns: Columns, num_slices: in
     """
     pairs = _pairs(data, "train", columns, 1)
     if isinstance(pairs, list):
-        return context.parallelize([block for _, block in pairs], min(num_slices, len(pairs)))
+        slices = max(num_slices, -(-len(pairs) // BLOCKS_PER_SLICE))
+        return context.parallelize([block for _, block in pairs], min(slices, len(pairs)))
     return pairs.values()
 
 
