@@ -40,12 +40,14 @@ def evaluate_blocks(task: InferenceTask, blocks: RDD[bytes]) -> list[PartitionMe
 def _predict(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
     from allreduce_spark.training.inference import predict_rows
 
+    _use_cores_of_task()
     return _only_known_errors(predict_rows, task, blocks)
 
 
 def _evaluate(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
     from allreduce_spark.training.inference import evaluate_rows
 
+    _use_cores_of_task()
     return _only_known_errors(evaluate_rows, task, blocks)
 
 
@@ -134,6 +136,7 @@ def add_columns(
     """
     from allreduce_spark.training.scoring import scorer_of
 
+    _use_cores_of_task()
     with_outputs = any(column.source != "layer" for column in transform.columns)
     scorer = None
     known: dict[str, Values] = {}
@@ -181,7 +184,18 @@ def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
     return value
 
 
+def _use_cores_of_task() -> None:
+    """Spark runs a task for every core of a machine: were each to use all of them, all would be slower."""
+    from allreduce_spark.training.cores import use_cores
+
+    use_cores(_task().cpus())
+
+
 def _partition() -> int:
+    return _task().partitionId()
+
+
+def _task() -> TaskContext:
     context = TaskContext.get()
     assert context is not None  # for mypy: this runs in a task
-    return context.partitionId()
+    return context

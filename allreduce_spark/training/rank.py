@@ -10,7 +10,6 @@ from pathlib import Path
 import cloudpickle
 import keras
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.mpi import open_mpi
@@ -23,6 +22,7 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
+from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.job import Job, check_arrival, seed_variables
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.losses import globalize_losses
@@ -48,7 +48,7 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     """
     status = StatusPage(folder / "status")
     job = Job.read(folder)
-    _configure_tensorflow(threads)
+    use_cores(threads)
     custom_objects, callbacks = cloudpickle.loads(job.objects)
     # Loading needs nobody else, so it is done while the shards are still on their way to disk.
     _seed(job.config.seed, int(os.environ["PMI_RANK"]))
@@ -158,14 +158,6 @@ def check_same_weights(model: keras.Model, communicator: Communicator) -> None:
             f"after training, ranks {different} hold other weights than the root. Something in the model or its callbacks "
             "changes variables on each rank by itself: a learning rate or an assign that depends on random numbers or time."
         )
-
-
-def _configure_tensorflow(threads: int) -> None:
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    # One for the step and one for reading ahead; the all-reduce occupies the first while it waits.
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
 
 
 def _seed(seed: int, rank: int) -> None:

@@ -39,8 +39,9 @@ from allreduce_spark.config import FitConfig
 from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.optimizer import StepRows, distribute
-from allreduce_spark.training.rank import _configure_tensorflow, train
+from allreduce_spark.training.rank import train
 from allreduce_spark.world import Membership, worlds_of
 
 NUM_RANKS = 2
@@ -119,7 +120,7 @@ def show(parameters: int, seconds_of_ranks: list[dict[str, list[float]]]) -> Non
 
 def measure(size: Size, optimizer: str) -> dict[str, Any]:
     """Run all rounds; the number of parameters, and the seconds per step of each side and round."""
-    _configure_tensorflow(int(os.environ["OMP_NUM_THREADS"]))
+    use_cores(int(os.environ["OMP_NUM_THREADS"]))
     communicator = join_group()
     world = worlds_of(["here"] * communicator.world_size)[communicator.rank]
     random = np.random.default_rng(world.rank)
