@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allreduce_spark.config import Timeouts
     from allreduce_spark.errors import AllReduceSparkError
-    from allreduce_spark.spark.estimator import AllReduceEstimator
+    from allreduce_spark.spark.ml.estimator import AllReduceEstimator
+    from allreduce_spark.spark.ml.transformer import AllReduceTransformer
     from allreduce_spark.spark.mllib import SparkMLlibModel
     from allreduce_spark.spark.model import SparkModel
-    from allreduce_spark.spark.search import search
-    from allreduce_spark.spark.transformer import AllReduceTransformer
+    from allreduce_spark.spark.tuning.search import search
 
 __version__ = "0.1.0"
 
@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 _HOME_OF = {
-    "AllReduceEstimator": "allreduce_spark.spark.estimator",
+    "AllReduceEstimator": "allreduce_spark.spark.ml.estimator",
     "AllReduceSparkError": "allreduce_spark.errors",
-    "AllReduceTransformer": "allreduce_spark.spark.transformer",
+    "AllReduceTransformer": "allreduce_spark.spark.ml.transformer",
     "SparkMLlibModel": "allreduce_spark.spark.mllib",
     "SparkModel": "allreduce_spark.spark.model",
     "Timeouts": "allreduce_spark.config",
-    "search": "allreduce_spark.spark.search",
+    "search": "allreduce_spark.spark.tuning.search",
 }
 
 

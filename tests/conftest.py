@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 
+# For the tests in which ranks are threads: each blocks one of TensorFlow's own while it waits for the others. As a variable,
+# because it holds before the first module that is collected makes a model.
+os.environ["TF_NUM_INTEROP_THREADS"] = "12"
+
+
 @pytest.fixture(scope="session")
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A temporary folder for this run alone, in this process and all it starts: what is left in it is ours."""

@@ -1,4 +1,4 @@
-"""`HyperParamModel`, which Elephas 0.3 to 2.1 had on hyperas, over `allreduce_spark.spark.search`.
+"""`HyperParamModel`, which Elephas 0.3 to 2.1 had on hyperas, over `allreduce_spark.spark.tuning.search`.
 
 As there, a function `data()` returns (x_train, y_train, x_test, y_test), and a function `model(x_train, y_train, x_test,
 y_test)`, with templates of hyperas in it, builds a model, fits and judges it, and returns a dict with its "loss". Here the
@@ -18,8 +18,8 @@ from pyspark import SparkContext
 
 from allreduce_spark.elephas.templates import Template, read_template
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.search import search
-from allreduce_spark.training.ensemble import ensemble_of
+from allreduce_spark.spark.tuning.search import search
+from allreduce_spark.training.models.ensemble import ensemble_of
 
 if TYPE_CHECKING:
     import keras

@@ -35,9 +35,9 @@ from allreduce_spark.elephas.ml.params import (
 )
 from allreduce_spark.elephas.spark_model import SparkModel
 from allreduce_spark.elephas.utils.model_utils import LossModelTypeMapper, ModelType
-from allreduce_spark.spark.persistence import Persistent, plain_history
-from allreduce_spark.spark.transformer import AllReduceTransformer
-from allreduce_spark.training.architecture import compile_model, model_from_json, settings_of
+from allreduce_spark.spark.ml.persistence import Persistent, plain_history
+from allreduce_spark.spark.ml.transformer import AllReduceTransformer
+from allreduce_spark.training.models.architecture import compile_model, model_from_json, settings_of
 
 if TYPE_CHECKING:
     import keras

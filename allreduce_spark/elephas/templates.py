@@ -30,7 +30,7 @@ def _steps(low: float, high: float, q: float) -> list[float]:
     return [float(value) for value in np.arange(low, high + q / 2, q)]
 
 
-# Distributions of hyperas -> the space of `allreduce_spark.spark.search`.
+# Distributions of hyperas -> the space of `allreduce_spark.spark.tuning.search`.
 DISTRIBUTIONS: dict[str, Callable[..., Any]] = {
     "choice": list,
     "uniform": lambda low, high: (float(low), float(high)),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from allreduce_spark.checkpoint.files import check_absent, fetch_file, put_file
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.model_file import ModelFile, check_file_name, read_model_file, write_model_file
+from allreduce_spark.training.models.model_file import ModelFile, check_file_name, read_model_file, write_model_file
 
 if TYPE_CHECKING:
     import keras

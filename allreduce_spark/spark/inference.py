@@ -20,8 +20,8 @@ from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDepend
 from allreduce_spark.spark.stage import missing_module
 
 if TYPE_CHECKING:
-    from allreduce_spark.training.heads import Head
     from allreduce_spark.training.inference import InferenceTask, PartitionMetrics
+    from allreduce_spark.training.models.heads import Head
     from allreduce_spark.training.scoring import PackedModel
 
 __all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]

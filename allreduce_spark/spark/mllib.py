@@ -16,9 +16,9 @@ from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import LeafSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.adapters import from_matrix, from_vector, lp_to_simple_rdd
-from allreduce_spark.spark.labels import check_num_classes
+from allreduce_spark.spark.adapters.labels import check_num_classes
+from allreduce_spark.spark.adapters.pairs import pairs_of_points
 from allreduce_spark.spark.model import SparkModel
-from allreduce_spark.spark.pairs import pairs_of_points
 from allreduce_spark.training.checks import check_inputs
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
-from allreduce_spark.spark.progress import Display
-from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
+from allreduce_spark.spark.progress import Display, verbosity_of
+from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
 from allreduce_spark.spark.stage import (
     active_context,
     check_cluster,
@@ -28,8 +28,8 @@ from allreduce_spark.spark.stage import (
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
 from allreduce_spark.training.job import pickle_objects
-from allreduce_spark.training.layout import layer_model
-from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
+from allreduce_spark.training.models.layout import layer_model
+from allreduce_spark.training.models.model_bytes import custom_objects_of, model_to_bytes
 
 if TYPE_CHECKING:
     import keras
@@ -146,10 +146,10 @@ class SparkModel:
             seed=random.randrange(2**32) if seed is None else seed,
         )
         users = check_callbacks([] if callbacks is None else callbacks)
-        columns = _columns(features_col, label_col, weight_col)
+        columns = columns_of(features_col, label_col, weight_col)
         if validation_split and validation_data is not None:
             raise ConfigError("validation_split and validation_data are both given; choose one")
-        with contextlib.closing(Display(_verbosity(verbose), epochs, self.num_ranks)) as display:
+        with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
             display.show_phase(Phase.SLOTS)
             context = active_context()
             num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
@@ -191,7 +191,7 @@ class SparkModel:
             DataError: There are no rows, or they do not fit the model.
         """
         context = active_context()
-        columns = _columns(features_col, label_col, weight_col)
+        columns = columns_of(features_col, label_col, weight_col)
         blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
         return result_of(self.model, evaluate_blocks(self._inference_task(self.model, batch_size), blocks))
 
@@ -237,7 +237,7 @@ class SparkModel:
     def _outputs_of(self, model: keras.Model, data: Any, batch_size: int, features_col: str | Sequence[str]) -> Any:
         """The outputs of `model` for all rows, in their order."""
         context = active_context()
-        columns = _columns(features_col, (), None)
+        columns = columns_of(features_col, (), None)
         blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
         return concatenate(predict_blocks(self._inference_task(model, batch_size), blocks))
 
@@ -292,26 +292,6 @@ class SparkModel:
                 "model.build(shape) or keras.Input."
             )
         return self.model
-
-
-def _verbosity(verbose: int | str) -> int:
-    if verbose == "auto":
-        return 1
-    if isinstance(verbose, bool) or verbose not in (0, 1, 2):
-        raise ConfigError(f"verbose must be 0, 1, 2 or 'auto', got {verbose!r}")
-    return int(verbose)
-
-
-def _columns(features: str | Sequence[str], label: str | Sequence[str], weight: str | None) -> Columns:
-    def names(argument: str, value: Any) -> tuple[str, ...]:
-        columns = (value,) if isinstance(value, str) else value
-        if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
-            raise ConfigError(f"{argument} must be a column name or a list of them, got {value!r}.")
-        return tuple(columns)
-
-    if not (weight is None or isinstance(weight, str)):
-        raise ConfigError(f"weight_col must be a column name or None, got {weight!r}.")
-    return Columns(names("features_col", features), names("label_col", label), weight)
 
 
 def _without_labels(data: Any) -> Any:

@@ -9,9 +9,10 @@ from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
+from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
 
-__all__ = ["Display", "erasing"]
+__all__ = ["Display", "erasing", "verbosity_of"]
 
 WAITING_FOR = {
     Phase.SLOTS: "counting slots",
@@ -121,3 +122,16 @@ class Display:
 def erasing(stream: TextIO) -> str:
     """What erases the rest of a line on a terminal: Spark draws a bar of its own there, and ours may be shorter."""
     return "\x1b[K" if stream.isatty() else ""
+
+
+def verbosity_of(verbose: int | str) -> int:
+    """What the argument `verbose` of a fit means: 0, 1 or 2.
+
+    Raises:
+        ConfigError: It is none of them, nor "auto".
+    """
+    if verbose == "auto":
+        return 1
+    if isinstance(verbose, bool) or verbose not in (0, 1, 2):
+        raise ConfigError(f"verbose must be 0, 1, 2 or 'auto', got {verbose!r}")
+    return int(verbose)

@@ -23,13 +23,14 @@ from allreduce_spark.data.columns import check_columns
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.data.rows import rows_to_blocks
 from allreduce_spark.data.tables import table_to_blocks
-from allreduce_spark.errors import DataError
+from allreduce_spark.errors import ConfigError, DataError
 
 __all__ = [
     "Columns",
     "FormedTable",
     "blocks_of",
     "column_of",
+    "columns_of",
     "map_batches",
     "scalar_columns",
     "select_columns",
@@ -72,6 +73,24 @@ class FormedTable:
 
     frame: DataFrame
     form: TableForm
+
+
+def columns_of(features: str | Sequence[str], label: str | Sequence[str], weight: str | None) -> Columns:
+    """The columns that the arguments `features_col`, `label_col` and `weight_col` of a fit name.
+
+    Raises:
+        ConfigError: They are no names.
+    """
+
+    def names(argument: str, value: Any) -> tuple[str, ...]:
+        columns = (value,) if isinstance(value, str) else value
+        if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+            raise ConfigError(f"{argument} must be a column name or a list of them, got {value!r}.")
+        return tuple(columns)
+
+    if not (weight is None or isinstance(weight, str)):
+        raise ConfigError(f"weight_col must be a column name or None, got {weight!r}.")
+    return Columns(names("features_col", features), names("label_col", label), weight)
 
 
 def shards_of(context: SparkContext, data: Any, validation: Any, columns: Columns, num_ranks: int) -> RDD[bytes]:

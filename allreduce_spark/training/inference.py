@@ -19,7 +19,7 @@ from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
-from allreduce_spark.training.model_bytes import load_model
+from allreduce_spark.training.models.model_bytes import load_model
 from allreduce_spark.training.scoring import load_uncompiled
 
 __all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]

@@ -15,7 +15,7 @@ import keras
 
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.model_bytes import custom_objects_of, model_to_bytes
+from allreduce_spark.training.models.model_bytes import custom_objects_of, model_to_bytes
 
 __all__ = ["Job", "check_arrival", "make_job", "pickle_objects", "seed_variables"]
 

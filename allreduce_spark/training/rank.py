@@ -26,7 +26,7 @@ from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.job import Job, check_arrival, seed_variables
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.losses import globalize_losses
-from allreduce_spark.training.model_bytes import load_model
+from allreduce_spark.training.models.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from allreduce_spark.data.spec import RowSpec
-from allreduce_spark.training.model_bytes import load_state, read_about, save_state
+from allreduce_spark.training.models.model_bytes import load_state, read_about, save_state
 
 __all__ = ["build_like", "take_over", "write_result"]
 

@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from allreduce_spark.training.job import pickle_objects
-from allreduce_spark.training.layout import outputs_in_order, outputs_of, sub_model
-from allreduce_spark.training.model_bytes import custom_objects_of, keras_lock, model_to_bytes
+from allreduce_spark.training.models.layout import outputs_in_order, outputs_of, sub_model
+from allreduce_spark.training.models.model_bytes import custom_objects_of, keras_lock, model_to_bytes
 
 __all__ = ["PackedModel", "Scorer", "load_uncompiled", "pack", "scorer_of", "state_of"]
 

@@ -101,14 +101,16 @@ def test_the_best_model_is_found_and_the_best_ones_decide_together(spark: SparkS
     for trial in trials:
         assert trial.loss == pytest.approx(trial.model.evaluate(x_test, y_test, verbose=0)[0], abs=1e-5)
         assert trial.model.layers[0].units == trial.params["Dense"]
-    ensemble = VotingModel([trial.model for trial in trials[:3]], "soft", [0.5, 0.3, 0.2])
-    assert ensemble.predict(x_test).shape == (32,)
 
-    best = hyperparam.minimize(model=model, data=data, max_evals=1)
-    assert isinstance(best, keras.Model)
-    voting = hyperparam.best_ensemble(nb_ensemble_models=3, model=model, data=data, max_evals=1)
-    assert len(voting.model_list) == 2  # there are no more
-    assert set(voting.predict(x_test)) <= {0, 1}
+    with pytest.MonkeyPatch.context() as patch:  # one search is enough
+        patch.setattr(hyperparam, "compute_trials", lambda *arguments: trials)
+        assert hyperparam.minimize(model=model, data=data, max_evals=3) is trials[0].model
+        assert hyperparam.best_models(2, model, data, 3) == [trial.model for trial in trials[:2]]
+        voting = hyperparam.best_ensemble(nb_ensemble_models=9, model=model, data=data, max_evals=3)
+        assert len(voting.model_list) == 6  # there are no more
+        assert set(voting.predict(x_test)) <= {0, 1}
+        ensemble = hyperparam.best_ensemble(3, model, data, 3, "soft", [0.5, 0.3, 0.2])
+        assert np.mean(ensemble.predict(x_test) == y_test.argmax(axis=-1)) > 0.6
 
 
 def constant(probability: float) -> keras.Model:

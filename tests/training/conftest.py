@@ -13,19 +13,15 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
-from allreduce_spark.training.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 from allreduce_spark.training.rank import train
 from allreduce_spark.world import Membership, worlds_of
-
-# Every rank of a test blocks a thread of this process while it waits for the others.
-tf.config.threading.set_inter_op_parallelism_threads(12)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from allreduce_spark.errors import DataError
-from allreduce_spark.training.architecture import model_from_json
+from allreduce_spark.training.models.architecture import model_from_json
 
 if TYPE_CHECKING:
     import keras

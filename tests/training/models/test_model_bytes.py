@@ -13,7 +13,7 @@ import pytest
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.job import Job, check_arrival, make_job
-from allreduce_spark.training.model_bytes import (
+from allreduce_spark.training.models.model_bytes import (
     custom_objects_of,
     load_model,
     load_state,
@@ -67,7 +67,7 @@ def custom_model():
 CHILD = """
 import sys, pathlib, cloudpickle, numpy, keras
 from allreduce_spark.training.job import Job
-from allreduce_spark.training.model_bytes import load_model
+from allreduce_spark.training.models.model_bytes import load_model
 job = Job.read(pathlib.Path(sys.argv[1]))
 objects, callbacks = cloudpickle.loads(job.objects)
 model = load_model(job.model_path, objects)

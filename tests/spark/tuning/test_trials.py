@@ -7,9 +7,9 @@ import threading
 import pytest
 
 from allreduce_spark.errors import RankFailedError, SearchError
-from allreduce_spark.spark.search_display import SearchDisplay
-from allreduce_spark.spark.study import Study
-from allreduce_spark.spark.trials import EndSearch, Outcome, SearchLimits, run_trials
+from allreduce_spark.spark.tuning.display import SearchDisplay
+from allreduce_spark.spark.tuning.study import Study
+from allreduce_spark.spark.tuning.trials import EndSearch, Outcome, SearchLimits, run_trials
 
 WAIT_S = 30.0
 

@@ -26,10 +26,9 @@ from pyspark.sql import functions as F
 
 from allreduce_spark.data.values import as_array
 from allreduce_spark.errors import DataError
-from allreduce_spark.spark.labels import check_num_classes, label_problem, num_classes_for, one_hot
-from allreduce_spark.spark.pairs import arrays_of_blocks, largest_label, pairs_of_blocks, pairs_of_points
-from allreduce_spark.spark.shards import Columns, blocks_of
-from allreduce_spark.spark.slices import (
+from allreduce_spark.spark.adapters.labels import check_num_classes, label_problem, num_classes_for, one_hot
+from allreduce_spark.spark.adapters.pairs import arrays_of_blocks, largest_label, pairs_of_blocks, pairs_of_points
+from allreduce_spark.spark.adapters.slices import (
     columns_of,
     numbers_of,
     pairs_of_slice,
@@ -39,6 +38,7 @@ from allreduce_spark.spark.slices import (
     stream_of_slice,
     vectors_and_numbers,
 )
+from allreduce_spark.spark.shards import Columns, blocks_of
 
 __all__ = [
     "df_to_simple_rdd",

@@ -18,7 +18,6 @@ from pyspark.mllib.regression import LabeledPoint
 from pyspark.sql import SparkSession
 
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.spark import slices
 from allreduce_spark.spark.adapters import (
     df_to_simple_rdd,
     encode_label,
@@ -27,6 +26,7 @@ from allreduce_spark.spark.adapters import (
     from_matrix,
     from_vector,
     lp_to_simple_rdd,
+    slices,
     to_data_frame,
     to_labeled_point,
     to_matrix,

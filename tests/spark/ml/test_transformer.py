@@ -33,7 +33,7 @@ from pyspark.sql.types import (
 )
 
 from allreduce_spark.errors import AllReduceSparkError
-from allreduce_spark.spark.transformer import AllReduceTransformer
+from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 
 pytestmark = pytest.mark.spark
 

@@ -8,8 +8,8 @@ import pytest
 
 from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.heads import heads_of, label_forms
-from allreduce_spark.training.layout import feature_forms, inputs_of, layer_model, outputs_of
+from allreduce_spark.training.models.heads import heads_of, label_forms
+from allreduce_spark.training.models.layout import feature_forms, inputs_of, layer_model, outputs_of
 
 
 class Own(keras.Model):

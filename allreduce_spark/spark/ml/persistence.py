@@ -18,7 +18,7 @@ from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.files import load_model_at, save_model
-from allreduce_spark.training.model_file import read_model_file, write_model_file
+from allreduce_spark.training.models.model_file import read_model_file, write_model_file
 
 if TYPE_CHECKING:
     import keras

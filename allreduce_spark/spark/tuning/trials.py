@@ -20,9 +20,9 @@ from typing import Any, Literal
 from pyspark import InheritableThread
 
 from allreduce_spark.errors import AllReduceSparkError, ConfigError, SearchError
-from allreduce_spark.spark.search_display import SearchDisplay
-from allreduce_spark.spark.search_result import KeptModel, SearchResult, Trial, best_first
-from allreduce_spark.spark.study import Direction, State, Study
+from allreduce_spark.spark.tuning.display import SearchDisplay
+from allreduce_spark.spark.tuning.result import KeptModel, SearchResult, Trial, best_first
+from allreduce_spark.spark.tuning.study import Direction, State, Study
 
 __all__ = ["EndSearch", "Outcome", "RunningTrial", "SearchLimits", "TrialStopped", "run_trials"]
 

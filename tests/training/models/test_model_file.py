@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.model_file import read_model_file, write_model_file
+from allreduce_spark.training.models.model_file import read_model_file, write_model_file
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
 Y = X.sum(axis=1, keepdims=True)

@@ -11,15 +11,15 @@ from pyspark.sql.types import BooleanType
 
 from allreduce_spark.data.forms import ArrayForm, TableForm
 from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.spark.ml.params import FitParams, accessors
+from allreduce_spark.spark.ml.persistence import Persistent
+from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 from allreduce_spark.spark.model import SparkModel
-from allreduce_spark.spark.params import FitParams, accessors
-from allreduce_spark.spark.persistence import Persistent
 from allreduce_spark.spark.shards import FormedTable, column_of, scalar_columns
-from allreduce_spark.spark.transformer import AllReduceTransformer
 from allreduce_spark.training.checks import check_callbacks, check_model
-from allreduce_spark.training.copies import copy_model, set_learning_rate
-from allreduce_spark.training.heads import heads_of, label_forms
-from allreduce_spark.training.layout import check_is_model, feature_forms, outputs_of
+from allreduce_spark.training.models.copies import copy_model, set_learning_rate
+from allreduce_spark.training.models.heads import heads_of, label_forms
+from allreduce_spark.training.models.layout import check_is_model, feature_forms, outputs_of
 
 if TYPE_CHECKING:
     import keras

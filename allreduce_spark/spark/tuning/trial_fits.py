@@ -19,8 +19,8 @@ from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.spark.fit import Rows, run_fit
-from allreduce_spark.spark.search_result import KeptModel
-from allreduce_spark.spark.trials import EndSearch, Outcome, RunningTrial
+from allreduce_spark.spark.tuning.result import KeptModel
+from allreduce_spark.spark.tuning.trials import EndSearch, Outcome, RunningTrial
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.early_stopping import epoch_of_weights
 

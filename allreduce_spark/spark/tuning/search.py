@@ -13,14 +13,14 @@ from pyspark import RDD, StorageLevel
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.fit import Rows
-from allreduce_spark.spark.model import _columns, _verbosity
-from allreduce_spark.spark.search_display import SearchDisplay
-from allreduce_spark.spark.search_result import SearchResult
-from allreduce_spark.spark.shards import shards_of
+from allreduce_spark.spark.progress import verbosity_of
+from allreduce_spark.spark.shards import columns_of, shards_of
 from allreduce_spark.spark.stage import active_context, check_cluster, count_slots, error_of_job
-from allreduce_spark.spark.study import Direction, Study
-from allreduce_spark.spark.trial_fits import Callbacks, TrialFits
-from allreduce_spark.spark.trials import SearchLimits, run_trials
+from allreduce_spark.spark.tuning.display import SearchDisplay
+from allreduce_spark.spark.tuning.result import SearchResult
+from allreduce_spark.spark.tuning.study import Direction, Study
+from allreduce_spark.spark.tuning.trial_fits import Callbacks, TrialFits
+from allreduce_spark.spark.tuning.trials import SearchLimits, run_trials
 
 if TYPE_CHECKING:
     import keras
@@ -125,7 +125,7 @@ def search(
         raise ConfigError(f"build_model must be a function from a dict of settings to a model, got {build_model!r}.")
     towards = _direction_of(objective, direction)
     limits = SearchLimits(max_trials, 1 if max_parallel is None else max_parallel, timeout_s, keep_models, on_failure)
-    columns = _columns(features_col, label_col, weight_col)
+    columns = columns_of(features_col, label_col, weight_col)
     seed = random.randrange(2**32) if seed is None else seed
     config = FitConfig(
         epochs=_epochs_of(epochs, space),
@@ -144,7 +144,7 @@ def search(
         raise ConfigError(f"ranks_per_trial: {error}") from error
     shards = shards_of(context, data, validation_data, columns, num_ranks)
     with (
-        contextlib.closing(SearchDisplay(_verbosity(verbose), max_trials, objective)) as display,
+        contextlib.closing(SearchDisplay(verbosity_of(verbose), max_trials, objective)) as display,
         _read_once(shards),
     ):
         room = max(1, count_slots(context) // num_ranks)

@@ -16,7 +16,7 @@ import numpy as np
 
 from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.layout import Slot, outputs_of, tensors_of
+from allreduce_spark.training.models.layout import Slot, outputs_of, tensors_of
 
 __all__ = ["Head", "heads_of", "label_forms"]
 

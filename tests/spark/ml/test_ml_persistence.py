@@ -20,8 +20,8 @@ from pyspark.ml.feature import VectorAssembler
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.estimator import AllReduceEstimator
-from allreduce_spark.spark.transformer import AllReduceTransformer
+from allreduce_spark.spark.ml.estimator import AllReduceEstimator
+from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 
 pytestmark = pytest.mark.spark
 

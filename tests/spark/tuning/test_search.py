@@ -16,8 +16,8 @@ import pytest
 from pyspark import cloudpickle as spark_cloudpickle
 
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError, SearchError
-from allreduce_spark.spark.search import search
-from allreduce_spark.spark.search_result import KeptModel, SearchResult, Trial
+from allreduce_spark.spark.tuning.result import KeptModel, SearchResult, Trial
+from allreduce_spark.spark.tuning.search import search
 
 for pickler in (cloudpickle, spark_cloudpickle):
     pickler.register_pickle_by_value(sys.modules[__name__])

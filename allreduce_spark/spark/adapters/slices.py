@@ -17,7 +17,7 @@ from allreduce_spark.data.blocks import BLOCK_BYTES
 from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, Structure, describe, unflatten
 from allreduce_spark.data.values import as_array, leaf_of
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.spark.labels import check_labels
+from allreduce_spark.spark.adapters.labels import check_labels
 
 __all__ = [
     "columns_of",

@@ -12,7 +12,7 @@ import keras
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.job import Job, check_arrival, seed_variables
-from allreduce_spark.training.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 
 __all__ = ["copy_model", "set_learning_rate"]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import keras
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.model_bytes import custom_objects_of
+from allreduce_spark.training.models.model_bytes import custom_objects_of
 
 __all__ = ["Method", "ensemble_of"]
 

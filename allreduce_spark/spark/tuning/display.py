@@ -8,7 +8,7 @@ import time
 from tqdm.auto import tqdm
 
 from allreduce_spark.spark.progress import erasing
-from allreduce_spark.spark.search_result import Trial
+from allreduce_spark.spark.tuning.result import Trial
 
 __all__ = ["SearchDisplay"]
 

@@ -19,8 +19,8 @@ import h5py
 import keras
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training import legacy_h5
-from allreduce_spark.training.model_bytes import keras_lock, save_keras
+from allreduce_spark.training.models import legacy_h5
+from allreduce_spark.training.models.model_bytes import keras_lock, save_keras
 
 __all__ = ["ModelFile", "check_file_name", "read_model_file", "write_model_file"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.study import Direction, State
-from allreduce_spark.training.ensemble import Method, ensemble_of
-from allreduce_spark.training.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.spark.tuning.study import Direction, State
+from allreduce_spark.training.models.ensemble import Method, ensemble_of
+from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 
 if TYPE_CHECKING:
     import keras
@@ -145,7 +145,7 @@ class SearchResult:
         return [self.models[number].load() for number in best[:n]]
 
     def best_ensemble(self, n: int, method: Method = "average") -> keras.Model:
-        """One model of the `n` best: see `allreduce_spark.training.ensemble.ensemble_of`.
+        """One model of the `n` best: see `allreduce_spark.training.models.ensemble.ensemble_of`.
 
         Raises:
             ConfigError: So many models were not kept, or they cannot be combined.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.architecture import compile_model, model_from_json, optimizer_of, settings_of
+from allreduce_spark.training.models.architecture import compile_model, model_from_json, optimizer_of, settings_of
 
 
 def dense(name: str, units: int, source: str, **more: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pyspark.sql.types import ArrayType, DoubleType, StructType
 
 from allreduce_spark import SparkModel
 from allreduce_spark.errors import AllReduceSparkError
-from allreduce_spark.spark.estimator import AllReduceEstimator
+from allreduce_spark.spark.ml.estimator import AllReduceEstimator
 
 pytestmark = pytest.mark.spark
 

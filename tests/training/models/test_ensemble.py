@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.ensemble import ensemble_of
+from allreduce_spark.training.models.ensemble import ensemble_of
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
 Y = np.random.default_rng(1).integers(0, 3, 40)

@@ -15,8 +15,8 @@ from allreduce_spark.data.blocks import Block, cast_batch, decode_block, merge_b
 from allreduce_spark.data.spec import STRING, LeafSpec, common_spec
 from allreduce_spark.data.values import to_numpy
 from allreduce_spark.errors import DataError
-from allreduce_spark.spark.labels import check_labels, label_problem, num_classes_for, one_hot
-from allreduce_spark.spark.slices import pairs_of_slice
+from allreduce_spark.spark.adapters.labels import check_labels, label_problem, num_classes_for, one_hot
+from allreduce_spark.spark.adapters.slices import pairs_of_slice
 
 __all__ = ["arrays_of_blocks", "largest_label", "pairs_of_blocks", "pairs_of_points"]
 

@@ -1,0 +1,1 @@
+"""Spark ML: a Keras model as an estimator and a transformer, for pipelines, cross-validation and persistence."""

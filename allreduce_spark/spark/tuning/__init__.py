@@ -1,0 +1,1 @@
+"""Hyper-parameter search: many fits side by side, each on ranks of its own."""
