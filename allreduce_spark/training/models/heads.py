@@ -2,7 +2,8 @@
 
 The rule of task="auto", output by output: what was compiled with one of Keras's cross-entropies (binary, categorical, sparse
 categorical, and the focal ones) is a classification; with another loss of Keras it is a regression. Where the loss is the
-user's own, or the model is not compiled, the last layer decides: softmax and sigmoid make a classification.
+user's own, or the model is not compiled, the last layer decides: softmax and sigmoid make a classification. Classes exclude each
+other where the last layer is a softmax, even under a binary cross-entropy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.models.layout import Slot, outputs_of, tensors_of
+from allreduce_spark.training.models.layout import Slot, names_of_list, outputs_of, tensors_of
 
 __all__ = ["Head", "heads_of", "label_forms"]
 
@@ -146,8 +147,18 @@ def _losses(model: keras.Model, outputs: tuple[Slot, ...]) -> list[Any]:
     if isinstance(compiled, dict):
         return [compiled.get(slot.name) for slot in outputs] if outputs[0].name else list(compiled.values())
     if isinstance(compiled, (list, tuple)):
-        return list(compiled)
+        by_name = dict(zip(_in_keras_order(model, [slot.name for slot in outputs]), compiled, strict=True))
+        return [by_name[slot.name] for slot in outputs]
     return [compiled] * len(outputs)
+
+
+def _in_keras_order(model: keras.Model, names: list[str]) -> list[str]:
+    """The outputs as a list of losses numbers them: of a dict, Keras sorts the keys."""
+    if getattr(model, "outputs", None):
+        is_dict = not isinstance(model, keras.Sequential) and isinstance(model.output, dict)
+    else:
+        is_dict = names != names_of_list(len(names))
+    return sorted(names) if is_dict else names
 
 
 def _head(slot: Slot, loss: Any, activation: str, task: str) -> Head:
@@ -156,7 +167,7 @@ def _head(slot: Slot, loss: Any, activation: str, task: str) -> Head:
         kind = "value"
     elif slot.shape in ((), (1,)):
         kind = "unit"
-    elif name in _BINARY or (not name and activation == "sigmoid"):
+    elif activation != "softmax" and (name in _BINARY or (not name and activation == "sigmoid")):
         kind = "labels"
     else:
         kind = "classes"

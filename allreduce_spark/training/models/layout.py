@@ -19,6 +19,7 @@ __all__ = [
     "inputs_of",
     "layer_model",
     "layer_of",
+    "names_of_list",
     "outputs_in_order",
     "outputs_of",
     "sub_model",
@@ -198,7 +199,12 @@ def _slots(tensors: Mapping[str, Any]) -> tuple[Slot, ...]:
 def _names_in(result: Any) -> list[str]:
     if isinstance(result, dict):
         return list(result)
-    return [f"output_{index}" for index in range(len(result))] if isinstance(result, (list, tuple)) else [""]
+    return names_of_list(len(result)) if isinstance(result, (list, tuple)) else [""]
+
+
+def names_of_list(count: int) -> list[str]:
+    """What the outputs of a model are called that returns a list and gives them no names."""
+    return [f"output_{index}" for index in range(count)]
 
 
 def _build_shape(model: keras.Model) -> tuple[int | None, ...] | None:

@@ -71,6 +71,7 @@ def test_features_of_a_model_whose_inputs_are_not_known():
         ("sparse_categorical_crossentropy", {}, "classes", False),
         (keras.losses.CategoricalFocalCrossentropy(from_logits=True), {}, "classes", True),
         (keras.losses.binary_crossentropy, {}, "labels", False),
+        ("binary_crossentropy", {"activation": "softmax"}, "classes", False),
         (keras.losses.BinaryFocalCrossentropy(from_logits=True), {}, "labels", True),
         ("mse", {"activation": "softmax"}, "value", False),
         ("hinge", {"activation": "sigmoid"}, "value", False),
@@ -82,6 +83,21 @@ def test_features_of_a_model_whose_inputs_are_not_known():
 def test_what_an_output_means(loss, arguments, kind, from_logits):
     (head,) = heads_of(compiled(loss, **arguments), "auto")
     assert (head.kind, head.from_logits) == (kind, from_logits)
+
+
+def test_a_list_of_losses_meets_the_outputs_in_the_order_that_keras_gives_them():
+    inputs = keras.Input((3,))
+    z, a = keras.layers.Dense(2, name="z")(inputs), keras.layers.Dense(1, name="a")(inputs)
+    x, y = np.zeros((2, 3)), {"z": np.zeros(2), "a": np.ones((2, 1))}
+    own = Own(z=2, a=1)
+    own(x)
+    for model in (keras.Model(inputs, {"z": z, "a": a}), own):
+        model.compile("sgd", ["mse", "sparse_categorical_crossentropy"])  # Keras sorts the keys of a dict
+        assert np.isfinite(model.evaluate(x, y, verbose=0))[0]
+        assert {head.name: head.kind for head in heads_of(model, "auto")} == {"z": "classes", "a": "value"}
+    listed = keras.Model(inputs, [z, a])
+    listed.compile("sgd", ["sparse_categorical_crossentropy", "mse"])
+    assert {head.name: head.kind for head in heads_of(listed, "auto")} == {"z": "classes", "a": "value"}
 
 
 def test_probabilities_and_classes_along_the_last_axis():
