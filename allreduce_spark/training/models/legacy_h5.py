@@ -6,6 +6,7 @@ model, and does not know settings of Keras 2's optimizers. So only the layers an
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -98,7 +99,8 @@ def _revive(saved: Any, deserialize: Callable[[Any], Any]) -> Any:
         return {key: _revive(part, deserialize) for key, part in saved.items()}
     if saved["class_name"] == "MeanMetricWrapper":  # how Keras 2 wrote a metric that was given by name
         name, function = saved["config"]["name"], saved["config"]["fn"]
-        return name if name in ("acc", "accuracy", "ce", "crossentropy") else function
+        if isinstance(function, str):
+            return name if name in ("acc", "accuracy", "ce", "crossentropy") else function
     return deserialize(saved)
 
 
@@ -106,7 +108,15 @@ def _optimizer_state(file: h5py.File) -> list[np.ndarray]:
     if "optimizer_weights" not in file:
         return []
     group = file["optimizer_weights"]
-    return [np.asarray(group[_text(name)]) for name in group.attrs["weight_names"]]
+    return [np.asarray(group[_text(name)]) for name in _names_in(group)]
+
+
+def _names_in(group: h5py.Group) -> list[Any]:
+    """The attribute `weight_names`; what HDF5 cannot hold in one attribute, Keras divides among several with a number."""
+    if "weight_names" in group.attrs:
+        return list(group.attrs["weight_names"])
+    parts = itertools.takewhile(group.attrs.__contains__, (f"weight_names{number}" for number in itertools.count()))
+    return [name for part in parts for name in group.attrs[part]]
 
 
 def _restore(optimizer: keras.optimizers.Optimizer, state: list[np.ndarray], written_by: str) -> None:

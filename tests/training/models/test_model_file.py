@@ -59,6 +59,29 @@ def test_weights_settings_and_optimizer_state_come_back(tmp_path, suffix, loss, 
     assert back.model.evaluate(X, Y, verbose=0, return_dict=True) == model.evaluate(X, Y, verbose=0, return_dict=True)
 
 
+def test_an_hdf5_file_keeps_an_optimizer_whose_names_do_not_fit_in_one_attribute(tmp_path):
+    long = "a_layer_with_a_name_of_some_length_" * 20
+    model = keras.Sequential([keras.Input((1,)), *(keras.layers.Dense(1, name=f"{long}{i}") for i in range(30))])
+    model.compile("adam", "mse")
+    model.fit(X[:, :1], Y, verbose=0)
+    write_model_file(tmp_path / "model.h5", model, "SparkModel", {})
+    with h5py.File(tmp_path / "model.h5") as file:
+        assert "weight_names1" in file["optimizer_weights"].attrs  # HDF5 holds 64 KiB in one
+    back = read_model_file(tmp_path / "model.h5").model
+    for ours, theirs in zip(back.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+def test_an_hdf5_file_keeps_a_metric_that_wraps_a_function_of_the_user(tmp_path):
+    def own_mean(y_true, y_pred):
+        return keras.ops.mean(y_true - y_pred, axis=-1)
+
+    model = trained(metrics=[keras.metrics.MeanMetricWrapper(own_mean, name="mine")])
+    write_model_file(tmp_path / "model.h5", model, "SparkModel", {})
+    back = read_model_file(tmp_path / "model.h5", {"own_mean": own_mean}).model
+    assert back.evaluate(X, Y, verbose=0, return_dict=True) == model.evaluate(X, Y, verbose=0, return_dict=True)
+
+
 def test_plain_keras_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
     model = trained(loss="mean_squared_error", metrics=[])
     write_model_file(tmp_path / "ours.keras", model, "SparkModel", SETTINGS)
