@@ -2,8 +2,8 @@
 
 The rule of task="auto", output by output: what was compiled with one of Keras's cross-entropies (binary, categorical, sparse
 categorical, and the focal ones) is a classification; with another loss of Keras it is a regression. Where the loss is the
-user's own, or the model is not compiled, the last layer decides: softmax and sigmoid make a classification. Classes exclude each
-other where the last layer is a softmax, even under a binary cross-entropy.
+user's own, or the model is not compiled, the last layer decides: softmax and sigmoid make a classification. Classes exclude
+each other where the last layer is a softmax, even under a binary cross-entropy.
 """
 
 from __future__ import annotations
