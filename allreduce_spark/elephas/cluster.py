@@ -1,4 +1,4 @@
-"""Elephas's words about the cluster: workers, and the file system of Hadoop."""
+"""How many ranks stand for Elephas's workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.stage import active_context, check_cluster, count_slots
 
-__all__ = ["hadoop_uri", "ranks_for"]
+__all__ = ["ranks_for"]
 
 
 def ranks_for(num_workers: int | None, timeouts: Timeouts) -> int | None:
@@ -25,12 +25,3 @@ def ranks_for(num_workers: int | None, timeouts: Timeouts) -> int | None:
         stacklevel=3,
     )
     return slots
-
-
-def hadoop_uri(file_name: str) -> str:
-    """The whole URI of a path of Hadoop's file system."""
-    context = active_context()
-    assert context._jvm is not None
-    path = context._jvm.org.apache.hadoop.fs.Path(file_name)
-    uri = str(path.getFileSystem(context._jsc.hadoopConfiguration()).makeQualified(path).toUri())
-    return uri.replace("file:/", "file:///", 1) if uri.startswith("file:/") and "://" not in uri else uri

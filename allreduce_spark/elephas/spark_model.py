@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +26,7 @@ from pyspark import RDD
 from pyspark.mllib.linalg import Matrix, Vector
 from pyspark.mllib.regression import LabeledPoint
 
-from allreduce_spark.elephas.cluster import hadoop_uri, ranks_for
+from allreduce_spark.elephas.cluster import ranks_for
 from allreduce_spark.elephas.enums.frequency import Frequency
 from allreduce_spark.elephas.enums.modes import Mode
 from allreduce_spark.elephas.eras import read_arguments, sync_every_of
@@ -36,6 +38,8 @@ from allreduce_spark.spark import mllib
 from allreduce_spark.spark import model as native
 from allreduce_spark.spark.adapters import to_matrix, to_vector
 from allreduce_spark.spark.files import load_model_at
+from allreduce_spark.spark.hadoop import fetch_hadoop_file, put_hadoop_file
+from allreduce_spark.spark.stage import active_context
 from allreduce_spark.training.checks import check_model
 
 if TYPE_CHECKING:
@@ -233,12 +237,18 @@ class SparkModel(native.SparkModel):
         Args:
             file_name: Ends in `.h5` or `.keras`. A path, or the URI of any file system that pyarrow knows.
             overwrite: Replace a file that is there.
-            to_hadoop: A path without a scheme is one of the file system that Spark's Hadoop configuration names.
+            to_hadoop: The path is one of a Hadoop file system as Spark knows it: without a scheme, of its default one.
 
         Raises:
             ConfigError: The name is wrong, the file exists, or the model cannot be saved.
         """
-        super().save(hadoop_uri(file_name) if to_hadoop else file_name, overwrite=overwrite)
+        if not to_hadoop:
+            super().save(file_name, overwrite=overwrite)
+            return
+        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+            local = Path(folder) / file_name.rpartition("/")[2]
+            super().save(local)
+            put_hadoop_file(active_context(), local, file_name, overwrite=overwrite)
 
     @classmethod
     def load(
@@ -331,8 +341,9 @@ def load_spark_model(
     Raises:
         ConfigError: There is no such file, or it holds something else.
     """
-    path = hadoop_uri(file_name) if from_hadoop else file_name
-    file = load_model_at(path, custom_objects, safe_mode=True)
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        path = fetch_hadoop_file(active_context(), file_name, Path(folder)) if from_hadoop else file_name
+        file = load_model_at(path, custom_objects, safe_mode=True)
     kinds: dict[str | None, type[SparkModel]] = {
         kind.__name__: kind for kind in (SparkModel, AsynchronousSparkModel, SparkMLlibModel)
     }

@@ -135,6 +135,10 @@ class Rendezvous:
         """Wait until the outcome is known, `timeout_s` at most; return whether it is."""
         return self._finished.wait(timeout_s)
 
+    def begin_start(self) -> None:
+        """Count `start_s` from now: until now no agent could have been started. From any thread."""
+        self._started_at = time.monotonic()
+
     @property
     def failure(self) -> Failure | None:
         """What ended the fit, or None where it has not failed."""

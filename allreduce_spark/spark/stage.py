@@ -42,6 +42,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+LOOK_S = 0.5  # at which stages run
 LEAVE_S = 1.0  # agents kill their ranks and leave within a few milliseconds
 
 
@@ -156,12 +157,15 @@ def run_stage(
     """
     tag = f"allreduce_spark-{secrets.token_hex(4)}"
     job = _Job(context, tag, shards.barrier().mapPartitions(partial(_be_agent, task)))
+    queue = _Queue(context, tag)
     try:
         job.start()
         while not rendezvous.wait(POLL_S):
             on_wait()
             if job.ended:
                 rendezvous.fail(_failure_of_job(job.error))
+            elif queue.is_waiting():
+                rendezvous.begin_start()
     except BaseException as interruption:
         rendezvous.fail(Failure("Interrupted", f"interrupted on the driver: {type(interruption).__name__}"))
         rendezvous.wait(task.timeouts.teardown_s)
@@ -229,6 +233,36 @@ class _Job:
         """Wait for its end, `timeout_s` at most; return whether it has ended."""
         self._thread.join(timeout_s)
         return self.ended
+
+
+class _Queue:
+    """Whether the barrier stage still waits for tasks of other stages: of those that make its rows, or of other jobs.
+
+    That is no sign of a cluster that does not answer, however long it takes.
+    """
+
+    def __init__(self, context: SparkContext, tag: str) -> None:
+        self._tracker, self._tag = context._jsc.sc().statusTracker(), tag
+        self._look_at, self._started = time.monotonic(), False
+
+    def is_waiting(self) -> bool:
+        """Whether it waits, as far as is known by now: Spark is asked now and then, until the stage has started."""
+        if self._started or time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + LOOK_S
+        running = {stage for stage in self._tracker.getActiveStageIds() if self._has_tasks(stage)}
+        barrier = self._barrier_stage()
+        self._started = barrier in running
+        return bool(running) and not self._started
+
+    def _has_tasks(self, stage: int) -> bool:
+        info = self._tracker.getStageInfo(stage)
+        return bool(info.isDefined() and info.get().numActiveTasks())
+
+    def _barrier_stage(self) -> int | None:
+        """The last one of its job; None where Spark does not know the job yet."""
+        jobs = [self._tracker.getJobInfo(job) for job in self._tracker.getJobIdsForTag(self._tag)]
+        return max((stage for job in jobs if job.isDefined() for stage in job.get().stageIds()), default=None)
 
 
 def _failure_of_job(error: Exception | None) -> Failure:

@@ -132,6 +132,13 @@ def test_hadoop_is_the_file_system_that_spark_knows_as_the_default(spark: SparkS
     SparkModel(classifier(), num_workers=2).save(str(path), to_hadoop=True)
     assert path.is_file()
     assert load_spark_model(str(path), from_hadoop=True).num_workers == 2
+    with pytest.raises(ConfigError, match="exists already; pass overwrite=True"):
+        SparkModel(classifier(), num_workers=3).save(str(path), to_hadoop=True)
+    SparkModel(classifier(), num_workers=3).save(str(path), overwrite=True, to_hadoop=True)
+    assert load_spark_model(path.as_uri(), from_hadoop=True).num_workers == 3
+    assert [each.name for each in path.parent.iterdir() if each.suffix != ".crc"] == ["model.keras"]
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_spark_model(str(tmp_path / "none.h5"), from_hadoop=True)
 
 
 def test_files_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:

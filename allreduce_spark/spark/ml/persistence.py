@@ -18,6 +18,7 @@ from pyspark.ml.util import DefaultParamsReader, DefaultParamsWriter, MLReadable
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.files import load_model_at, save_model
+from allreduce_spark.spark.hadoop import fetch_hadoop_file, hadoop_exists, put_hadoop_file
 from allreduce_spark.training.models.model_file import read_model_file, write_model_file
 
 if TYPE_CHECKING:
@@ -81,14 +82,13 @@ class _Writer(MLWriter):
     def saveImpl(self, path: str) -> None:
         model, params = self._instance._saved_model(), _params_of(self._instance)
         about = {"formatVersion": FORMAT_VERSION, **self._instance._saved_about()}
-        system, hadoop_path = _file_system(self, path)
-        if system.exists(hadoop_path(path)):
+        context = self.sparkSession.sparkContext
+        if hadoop_exists(context, path):
             raise ConfigError(f"{path!r} exists already: use write().overwrite().save(path) to replace it.")
         with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
             local = Path(folder) / MODEL
             write_model_file(local, model, type(self._instance).__name__, {})
-            system.copyFromLocalFile(False, True, hadoop_path(str(local)), hadoop_path(f"{path}/{MODEL}"))
-        context = self.sparkSession.sparkContext
+            put_hadoop_file(context, local, f"{path}/{MODEL}", overwrite=False)
         # The metadata last: what has them is complete.
         DefaultParamsWriter.saveMetadata(self._instance, path, context, {ABOUT: about}, params)
 
@@ -125,13 +125,11 @@ class _Reader(MLReader[Any]):
                 f"{path!r} was written by a newer version of allreduce-spark (format {version}; this one reads up to "
                 f"{FORMAT_VERSION}): update allreduce-spark."
             )
-        system, hadoop_path = _file_system(self, path)
+        context, there = self.sparkSession.sparkContext, f"{path}/{MODEL}"
+        if not hadoop_exists(context, there):
+            raise ConfigError(f"{there!r} is missing: what was saved there is not complete.")
         with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-            local, there = Path(folder) / MODEL, f"{path}/{MODEL}"
-            if not system.exists(hadoop_path(there)):
-                raise ConfigError(f"{there!r} is missing: what was saved there is not complete.")
-            system.copyToLocalFile(False, hadoop_path(there), hadoop_path(str(local)), True)
-            model = read_model_file(local, name=there).model
+            model = read_model_file(fetch_hadoop_file(context, there, Path(folder)), name=there).model
         instance = self._cls()
         instance._resetUid(metadata["uid"])
         DefaultParamsReader.getAndSetParams(instance, metadata)
@@ -148,13 +146,6 @@ class _Reader(MLReader[Any]):
 
 def _is_file_name(path: str) -> bool:
     return path.endswith((".keras", ".h5"))
-
-
-def _file_system(rw: MLWriter | MLReader[Any], path: str) -> tuple[Any, Any]:
-    """(Hadoop's file system of a path, the class of its paths)."""
-    session: Any = rw.sparkSession
-    hadoop_path = session._jvm.org.apache.hadoop.fs.Path
-    return hadoop_path(path).getFileSystem(session._jsc.hadoopConfiguration()), hadoop_path
 
 
 def _params_of(instance: Params) -> dict[str, Any]:
