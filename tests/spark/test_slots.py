@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
-from allreduce_spark import SparkModel
+from allreduce_spark import SparkModel, Timeouts
 from allreduce_spark.spark import fit, slots
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import run_stage
@@ -103,3 +106,22 @@ def test_two_threads_that_each_want_all_slots_train_one_after_the_other(spark, m
         losses = list(pool.map(train, (1, 2)))
     assert most == [1, 1]
     assert all(loss[-1] < 0.1 * loss[0] for loss in losses)
+
+
+@pytest.mark.spark
+def test_start_s_does_not_run_while_another_job_has_the_slots_or_the_rows_are_made(spark):
+    def slowly(rows: Iterable[Any]) -> Iterator[Any]:
+        time.sleep(4.5)  # longer than start_s
+        yield from rows
+
+    context, x = spark.sparkContext, np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with ThreadPoolExecutor(1) as pool:
+        other_job = pool.submit(context.parallelize(range(2), 2).mapPartitions(slowly).count)
+        while not context.statusTracker().getActiveStageIds():
+            time.sleep(0.01)
+        rows = context.parallelize([(row, row.sum()) for row in x], 2).mapPartitions(slowly)
+        history = SparkModel(model, num_ranks=2, timeouts=Timeouts(start_s=3)).fit(rows, batch_size=8, verbose=0)
+    assert other_job.result() == 2
+    assert len(history.history["loss"]) == 1
