@@ -53,7 +53,9 @@ def main() -> int:
         model=build_model(), featuresCol="pixels", numRanks=args.num_ranks, epochs=args.epochs, seed=0
     )
     network = estimator.fit(train)
-    network.setParams(outputLayer="hidden", outputCol="features", predictionCol="", probabilityCol="")
+    network.setParams(
+        outputLayer="hidden", outputCol="features", predictionCol="", probabilityCol="", rawPredictionCol=""
+    )
     train, test = network.transform(train).cache(), network.transform(test).cache()
 
     accuracy = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from allreduce_spark.errors import ConfigError
 __all__ = ["check_absent", "fetch_file", "put_file"]
 
 PIECE_BYTES = 16 << 20
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Hadoop writes file:/tmp and dbfs:/models with one slash
 WITHOUT_FOLDERS = ("s3", "gcs", "abfs")  # there, making a folder leaves an empty object of its name
 
 
@@ -89,7 +91,7 @@ def _locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
     text = os.fspath(place)
     if not isinstance(text, str) or not text:
         raise ConfigError(f"a file needs a path or a URI, got {place!r}.")
-    if "://" not in text:
+    if not _SCHEME.match(text):
         return fs.LocalFileSystem(), os.path.abspath(text)
     with _explained(text, "reached"):
         system, path = fs.FileSystem.from_uri(text)

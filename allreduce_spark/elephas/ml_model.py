@@ -250,9 +250,7 @@ class ElephasTransformer(
     def _transform(self, dataset: DataFrame) -> DataFrame:
         if self._adder is None or self._adder_of is not self.weights:
             self._adder_of = self.weights
-            self._adder = AllReduceTransformer(
-                self.get_model(), task="regression", outputType="array", probabilityCol=""
-            )
+            self._adder = AllReduceTransformer(self.get_model(), task="regression", outputType="array")
         output, size = self.getOrDefault("outputCol"), self.getOrDefault("inference_batch_size")
         self._adder.setParams(
             featuresCol=self.getOrDefault("featuresCol"), predictionCol=output, predictionBatchSize=size or None

@@ -32,10 +32,6 @@ def save_model(
     check_absent(name, overwrite=overwrite)
     if not model.built:
         raise ConfigError(f"the model {model.name!r} has no weights yet: fit it, or build it, before it is saved.")
-    if model.compiled and not model.optimizer.built:
-        model.optimizer.build(
-            model.trainable_variables
-        )  # as the first step would; else its state would be missed later
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
         local = Path(folder) / f"model.{plain.rpartition('.')[2]}"
         write_model_file(local, model, class_name, settings)

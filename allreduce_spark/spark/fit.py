@@ -19,6 +19,7 @@ from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.approval import approve
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import StageTask, count_slots, driver_addresses, run_stage
+from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.job import Job, make_job
 from allreduce_spark.training.result import take_over
 
@@ -80,7 +81,9 @@ def run_fit(
     ):
         result = Path(folder) / "result"
         _train(context, rows, job, approval, spectator, result)
-        return take_over(model, result)
+        history = take_over(model, result)
+    warn_if_diverged(model)
+    return history
 
 
 def _train(

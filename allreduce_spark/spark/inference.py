@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -38,16 +39,16 @@ def evaluate_blocks(task: InferenceTask, blocks: RDD[bytes]) -> list[PartitionMe
 
 
 def _predict(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+    _prepare_tensorflow()
     from allreduce_spark.training.inference import predict_rows
 
-    _use_cores_of_task()
     return _only_known_errors(predict_rows, task, blocks)
 
 
 def _evaluate(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+    _prepare_tensorflow()
     from allreduce_spark.training.inference import evaluate_rows
 
-    _use_cores_of_task()
     return _only_known_errors(evaluate_rows, task, blocks)
 
 
@@ -115,7 +116,7 @@ class NewColumn:
 
     Attributes:
         name: Its name.
-        source: "prediction" or "probability" of a head, or the output of the "layer".
+        source: "prediction", "probability" or "raw" of a head, or the output of the "layer".
         head: Index of the head; 0 for a layer.
         kind: "number", "vector" or "array".
     """
@@ -134,9 +135,9 @@ def add_columns(
     Raises:
         DataError: A row is not what the model takes; names the partition, the row and the column.
     """
+    _prepare_tensorflow()
     from allreduce_spark.training.scoring import scorer_of
 
-    _use_cores_of_task()
     with_outputs = any(column.source != "layer" for column in transform.columns)
     scorer = None
     known: dict[str, Values] = {}
@@ -179,13 +180,16 @@ _CELLS: dict[str, Callable[[Any], pa.Array]] = {"number": numbers, "vector": vec
 
 def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
     value = model.value
-    # Spark would keep the archive in memory beside the model that is made of it; should it be asked for again, it is in a file.
-    vars(model).pop("_value", None)
+    # Spark would keep the archive in memory beside the model that is made of it; should it be asked for again, it is in a file,
+    # unless spark.io.encryption.enabled made it come through a socket.
+    if getattr(model, "_path", None) is not None:
+        vars(model).pop("_value", None)
     return value
 
 
-def _use_cores_of_task() -> None:
-    """Spark runs a task for every core of a machine: were each to use all of them, all would be slower."""
+def _prepare_tensorflow() -> None:
+    """Before it is imported: quiet, and on the cores of this task alone. Spark runs a task for every core of a machine."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from allreduce_spark.training.cores import use_cores
 
     use_cores(_task().cpus())

@@ -25,7 +25,7 @@ from allreduce_spark.spark.stage import (
     check_cluster,
     count_slots,
 )
-from allreduce_spark.training.checks import check_callbacks, check_model
+from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
 from allreduce_spark.training.job import pickle_objects
 from allreduce_spark.training.models.layout import layer_model
@@ -111,7 +111,8 @@ class SparkModel:
                 may be dicts or tuples of arrays, for models with several inputs or outputs.
             epochs, initial_epoch: As in Keras.
             batch_size: Rows per rank per step; the global batch has `batch_size * num_ranks` rows.
-            verbose: 1 or "auto" for a progress bar, 2 for a line per epoch, 0 for silence.
+            verbose: 1 for a progress bar, 2 for a line per epoch, 0 for silence, "auto" for a bar on a terminal or in a
+                notebook and lines elsewhere.
             callbacks: Keras callbacks. Copies of them run on every rank and see the same logs at the end of an epoch (those of
                 a batch are the rank's own); what they remember does not come back. Those that write files
                 (ModelCheckpoint, CSVLogger, TensorBoard, and callbacks with `root_only = True`) run on rank 0 only, and
@@ -153,6 +154,9 @@ class SparkModel:
             display.show_phase(Phase.SLOTS)
             context = active_context()
             num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
+            for part in (data, validation_data):
+                if isinstance(part, (tuple, list)) and len(part) > 1:
+                    check_classes(self.model, part[1])
             shards = shards_of(context, data, validation_data, columns, num_ranks)
             return run_fit(
                 context,

@@ -125,13 +125,13 @@ def erasing(stream: TextIO) -> str:
 
 
 def verbosity_of(verbose: int | str) -> int:
-    """What the argument `verbose` of a fit means: 0, 1 or 2.
+    """What the argument `verbose` of a fit means: 0, 1 or 2. "auto" is a bar where somebody looks, else a line per epoch.
 
     Raises:
         ConfigError: It is none of them, nor "auto".
     """
     if verbose == "auto":
-        return 1
+        return 1 if sys.stderr.isatty() or "ipykernel" in sys.modules else 2
     if isinstance(verbose, bool) or verbose not in (0, 1, 2):
         raise ConfigError(f"verbose must be 0, 1, 2 or 'auto', got {verbose!r}")
     return int(verbose)

@@ -29,6 +29,7 @@ __all__ = [
     "Columns",
     "FormedTable",
     "blocks_of",
+    "check_is_frame",
     "column_of",
     "columns_of",
     "map_batches",
@@ -150,6 +151,16 @@ def _pairs(data: Any, role: str, columns: Columns, num_shards: int) -> list[tupl
         f"the data is of type {_type_name(data)}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs for "
         f"single rows, or a Spark DataFrame. {_way_to_spark(data)}"
     )
+
+
+def check_is_frame(data: Any) -> None:
+    """Make sure that data for Spark ML is a Spark DataFrame.
+
+    Raises:
+        DataError: It is something else; says how to make one of it.
+    """
+    if not isinstance(data, DataFrame):
+        raise DataError(f"the data is of type {_type_name(data)}; expected a Spark DataFrame. {_way_to_spark(data)}")
 
 
 def _type_name(data: Any) -> str:

@@ -142,6 +142,7 @@ class ShardBatches:
         arrays = keras.tree.flatten(example)
         types = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in arrays]
 
+        @tf.autograph.experimental.do_not_convert  # it would leave a file of generated code behind
         def read(step: tf.Tensor) -> Any:
             tensors = tf.numpy_function(lambda number: keras.tree.flatten(self[int(number)]), [step], types)
             for tensor, array in zip(tensors, arrays, strict=True):

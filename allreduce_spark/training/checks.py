@@ -12,8 +12,10 @@ import numpy as np
 from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.training.metrics import metric_variables
+from allreduce_spark.training.models.heads import Head, heads_of
+from allreduce_spark.training.models.layout import outputs_of
 
-__all__ = ["check_callbacks", "check_inputs", "check_labels", "check_model"]
+__all__ = ["check_callbacks", "check_classes", "check_inputs", "check_labels", "check_model", "warn_if_diverged"]
 
 
 def check_model(model: object) -> keras.Model:
@@ -69,15 +71,67 @@ def check_callbacks(callbacks: object) -> list[keras.callbacks.Callback]:
 
 
 def check_labels(model: keras.Model, spec: RowSpec) -> None:
-    """Make sure that the rows have labels where the loss needs them.
+    """Make sure that the rows have labels where the loss needs them, class indices or one-hot vectors as it takes them.
 
     Raises:
-        DataError: They have none.
+        DataError: They have none, or the other kind.
     """
     loss = _compile_arguments(model).get("loss")
     if spec.y is None and loss is not None:
         name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", repr(loss))
         raise DataError(f"the rows have no labels, but the model was compiled with the loss {name!r}: give (x, y).")
+    head = _only_head(model)
+    if head is None or not isinstance(spec.y, LeafSpec) or None in head.shape or not head.shape:
+        return
+    if head.takes_indices and spec.y.shape == head.shape != (1,):
+        raise DataError(
+            f"y has rows of shape {spec.y.shape}, one number per class, but the loss {head.loss} takes class indices: compile "
+            f"the model with {head.loss.removeprefix('Sparse')}, or give y.argmax(axis=-1)."
+        )
+    if head.takes_one_hot and spec.y.shape in ((), (1,)) and head.shape != (1,):
+        raise DataError(
+            f"y has rows of shape {spec.y.shape}, but the model's output has shape {head.shape} and the loss {head.loss} takes "
+            f"one number per class: compile the model with Sparse{head.loss}, or give keras.utils.to_categorical(y)."
+        )
+
+
+def check_classes(model: keras.Model, y: Any) -> None:
+    """Make sure that an array of class indices names classes that the model has. TensorFlow would find out in the ranks only.
+
+    Args:
+        y: The labels of all rows, in any form that `fit` takes; what is no array of class indices is not looked at.
+
+    Raises:
+        DataError: A label is none of the classes; names the first.
+    """
+    head = _only_head(model)
+    if head is None or not head.takes_indices or not head.shape or head.shape[-1] is None:
+        return
+    if not isinstance(y, np.ndarray) or y.dtype.kind not in "iuf":
+        return
+    wrong = np.flatnonzero(~((y >= 0) & (y < head.shape[-1])).reshape(len(y), -1).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"y has the label {y[wrong[0]]!s} in row {wrong[0]} (of {len(wrong)} such rows), but the model has "
+            f"{head.shape[-1]} classes, 0 to {head.shape[-1] - 1}: renumber the labels, or widen the last layer."
+        )
+
+
+def warn_if_diverged(model: keras.Model) -> None:
+    """Warn where training has left weights that are no numbers: Keras goes on with them in silence."""
+    lost = [v.path for v in model.trainable_variables if not np.isfinite(v.numpy()).all()]
+    if lost:
+        warnings.warn(
+            f"after training, {len(lost)} of {len(model.trainable_variables)} weights hold NaN or infinity, {lost[0]!r} first: "
+            "a NaN in the rows, or a learning rate that is too high. keras.callbacks.TerminateOnNaN stops where it begins.",
+            stacklevel=4,
+        )
+
+
+def _only_head(model: keras.Model) -> Head | None:
+    """What the output of a compiled model with one output means; None where that is not known."""
+    outputs = outputs_of(model)
+    return heads_of(model, "auto")[0] if outputs is not None and len(outputs) == 1 else None
 
 
 def check_inputs(model: keras.Model, spec: RowSpec) -> None:

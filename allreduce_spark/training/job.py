@@ -84,8 +84,6 @@ def make_job(
     Raises:
         ConfigError: The model, a custom object or a callback cannot be sent to another machine.
     """
-    if model.built and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)  # as the first step would; so that its state travels
     seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
     trainable = [bool(weight.trainable) for weight in model.weights]

@@ -30,13 +30,20 @@ def memory(monkeypatch):
     return system
 
 
-@pytest.mark.parametrize("form", [str, lambda path: path.as_uri(), lambda path: path])
+@pytest.mark.parametrize("form", [str, lambda path: path.as_uri(), lambda path: f"file:{path}", lambda path: path])
 def test_a_local_file_is_put_and_fetched_by_path_and_by_uri(tmp_path, local, form):
     place = form(tmp_path / "new" / "folders" / "model.keras")
     put_file(local, place, overwrite=False)
     assert fetch_file(place, tmp_path / "unused") == tmp_path / "new" / "folders" / "model.keras"
     assert fetch_file(place, tmp_path).read_bytes() == local.read_bytes()
     assert os.listdir(tmp_path / "new" / "folders") == ["model.keras"]
+
+
+def test_a_file_system_that_is_not_known_is_no_folder_of_that_name(tmp_path, local, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"dbfs:/models/model\.keras"):
+        put_file(local, "dbfs:/models/model.keras", overwrite=False)
+    assert os.listdir(tmp_path) == [local.name]
 
 
 def test_a_relative_path_is_one_of_the_working_folder(tmp_path, local, monkeypatch):

@@ -432,6 +432,56 @@ FIT = [
 ]
 
 
+def classifier(loss: str) -> Callable[[], Any]:
+    def build() -> keras.Model:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, "softmax")])
+        model.compile("sgd", loss)
+        return model
+
+    return build
+
+
+def labelled(*labels: Any) -> Callable[[SparkSession], Any]:
+    return lambda spark: (np.ones((len(labels), 3), "float32"), np.array(labels))
+
+
+SPARSE, ONE_HOT = classifier("sparse_categorical_crossentropy"), classifier("categorical_crossentropy")
+CLASSES = [
+    Case("labels from 1", DataError, ["label 4 in row 3", "4 classes, 0 to 3"], labelled(1, 2, 3, 4), SPARSE),
+    Case("a label below 0", DataError, ["label -1 in row 1", "renumber"], labelled(0, -1), SPARSE),
+    Case("a label that is NaN", DataError, ["label nan in row 1"], labelled(0.0, np.nan), SPARSE),
+    Case(
+        "labels to validate on",
+        DataError,
+        ["label 9 in row 0"],
+        labelled(0, 1),
+        SPARSE,
+        arguments={"validation_data": (np.ones((1, 3)), np.array([9]))},
+    ),
+    Case(
+        "one-hot labels for a sparse loss",
+        DataError,
+        ["takes class indices", "model with CategoricalCrossentropy", "argmax"],
+        labelled([0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]),
+        SPARSE,
+    ),
+    Case(
+        "class indices for a one-hot loss",
+        DataError,
+        ["takes one number per class", "SparseCategoricalCrossentropy", "to_categorical"],
+        labelled(0, 1),
+        ONE_HOT,
+    ),
+    Case(
+        "class indices of an RDD for a one-hot loss",
+        DataError,
+        ["takes one number per class"],
+        rdd((np.ones(3), 1), (np.ones(3), 2)),
+        ONE_HOT,
+    ),
+]
+
+
 @pytest.fixture
 def let_go(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Everything that was ever sent to ranks to let them start."""
@@ -452,7 +502,7 @@ def fit(case: Case, spark: SparkSession) -> Any:
     return SparkModel(case.model(), num_ranks=case.num_ranks).fit(case.data(spark), **arguments)
 
 
-@pytest.mark.parametrize("case", [*MODELS, *RANKS, *SETTINGS, *DATA, *FIT], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*MODELS, *RANKS, *SETTINGS, *DATA, *FIT, *CLASSES], ids=lambda case: case.name)
 def test_what_cannot_work_is_refused_before_any_rank_starts(case: Case, spark: SparkSession, let_go: list[Any]) -> None:
     with pytest.raises(case.error) as caught:
         fit(case, spark)

@@ -15,7 +15,7 @@ from allreduce_spark.spark.ml.params import FitParams, accessors
 from allreduce_spark.spark.ml.persistence import Persistent
 from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 from allreduce_spark.spark.model import SparkModel
-from allreduce_spark.spark.shards import FormedTable, column_of, scalar_columns
+from allreduce_spark.spark.shards import FormedTable, check_is_frame, column_of, scalar_columns
 from allreduce_spark.training.checks import check_callbacks, check_model
 from allreduce_spark.training.models.copies import copy_model, set_learning_rate
 from allreduce_spark.training.models.heads import heads_of, label_forms
@@ -53,12 +53,20 @@ class AllReduceEstimator(Estimator[AllReduceTransformer], FitParams, Persistent)
         >>> transformer.transform(test).select("prediction", "probability")                        # doctest: +SKIP
     """
 
+    __module__ = "allreduce_spark"  # saved pipelines name their classes so, and outlive the place of this file
+
     def __init__(self, *, model: keras.Model | None = None, **params: Any) -> None:
         super().__init__()
         self._set_fit_defaults()
         self._set_known({"model": model, **params})
 
     def _fit(self, dataset: DataFrame) -> AllReduceTransformer:
+        check_is_frame(dataset)
+        if dataset.isStreaming:
+            raise DataError(
+                "a streaming DataFrame has no end to train up to: train on batches of it, with writeStream.foreachBatch, or on "
+                "a table; the transformer takes streams."
+            )
         model = self._fresh_model()
         form = self._form(model, dataset)
         train, validation = self._divided(dataset, form)

@@ -148,6 +148,12 @@ class ColumnParams(Params):
         "has none; several outputs have one each, as for predictionCol",
         _text,
     )
+    rawPredictionCol = _param(
+        "rawPredictionCol",
+        "column of what the model says before it is made a probability, as outputType says, for Spark's evaluators: logits "
+        'where the loss takes logits, [-z, z] for a single unit; else the same as probabilityCol. "" for none',
+        _text,
+    )
     outputCol = _param("outputCol", "column for the output of outputLayer", _text)
     outputLayer = _param("outputLayer", 'name of a layer whose output becomes the column outputCol; "" for none', _text)
     outputType = _param(
@@ -194,6 +200,7 @@ class ColumnParams(Params):
             featuresCols=[],
             predictionCol="prediction",
             probabilityCol="probability",
+            rawPredictionCol="rawPrediction",
             outputCol="output",
             outputLayer="",
             outputType="vector",

@@ -73,7 +73,7 @@ class _Writer(MLWriter):
             ConfigError: The path exists and `overwrite()` was not called, or Keras cannot save the model.
         """
         if not _is_file_name(path):
-            super().save(path)
+            self.saveImpl(path)
             return
         model, params = self._instance._saved_model(), _params_of(self._instance)
         settings = {"params": params, "uid": self._instance.uid, **self._instance._saved_about()}
@@ -83,11 +83,13 @@ class _Writer(MLWriter):
         model, params = self._instance._saved_model(), _params_of(self._instance)
         about = {"formatVersion": FORMAT_VERSION, **self._instance._saved_about()}
         context = self.sparkSession.sparkContext
-        if hadoop_exists(context, path):
+        if not self.shouldOverwrite and hadoop_exists(context, path):
             raise ConfigError(f"{path!r} exists already: use write().overwrite().save(path) to replace it.")
         with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
             local = Path(folder) / MODEL
             write_model_file(local, model, type(self._instance).__name__, {})
+            if self.shouldOverwrite:  # not before it is sure that there is something to take its place
+                self._handleOverwrite(path)
             put_hadoop_file(context, local, f"{path}/{MODEL}", overwrite=False)
         # The metadata last: what has them is complete.
         DefaultParamsWriter.saveMetadata(self._instance, path, context, {ABOUT: about}, params)

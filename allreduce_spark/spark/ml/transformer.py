@@ -19,7 +19,7 @@ from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.inference import NewColumn, Transform, add_columns
 from allreduce_spark.spark.ml.params import ColumnParams, accessors
 from allreduce_spark.spark.ml.persistence import Persistent, plain_history
-from allreduce_spark.spark.shards import map_batches, scalar_columns, select_columns
+from allreduce_spark.spark.shards import check_is_frame, map_batches, scalar_columns, select_columns
 from allreduce_spark.spark.stage import active_context
 from allreduce_spark.training.models.heads import Head, heads_of
 from allreduce_spark.training.models.layout import check_is_model, feature_forms, layer_of
@@ -39,10 +39,10 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
     Python worker. It works on a streaming DataFrame too.
 
     For a classification (see the param `task`), `probabilityCol` becomes a vector of the probabilities of all classes and
-    `predictionCol` the most probable class, as a double; so Spark's evaluators understand it. For a regression there is no
-    probability, and `predictionCol` is the value. Values that are not one number become a vector or an array, as
-    `outputType` says. Of a model with several outputs, each has columns of its own, `predictionCol + "_" + name`. With
-    `outputLayer`, the output of any layer becomes the column `outputCol`, from the same pass.
+    `predictionCol` the most probable class, as a double; with `rawPredictionCol`, all of Spark's evaluators understand it.
+    For a regression there is no probability, and `predictionCol` is the value. Values that are not one number become a
+    vector or an array, as `outputType` says. Of a model with several outputs, each has columns of its own, `predictionCol +
+    "_" + name`. With `outputLayer`, the output of any layer becomes the column `outputCol`, from the same pass.
 
     Args:
         model: Built; it need not be compiled.
@@ -61,6 +61,8 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
         >>> transformer.transform(frame).select("prediction").show()           # doctest: +SKIP
     """
 
+    __module__ = "allreduce_spark"  # saved pipelines name their classes so, and outlive the place of this file
+
     def __init__(
         self, model: keras.Model | None = None, *, history: dict[str, list[Any]] | None = None, **params: Any
     ) -> None:
@@ -72,6 +74,7 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
         self._set_known(params)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
+        check_is_frame(dataset)
         model = self._built_model()
         heads = heads_of(model, self.getOrDefault(self.task)) if self._wants_outputs() else ()
         features = feature_forms(model, self._features(), scalar_columns(dataset))
@@ -106,7 +109,7 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
         self.model, self.history = model, about["history"]
 
     def _wants_outputs(self) -> bool:
-        return bool(self.getOrDefault(self.predictionCol) or self.getOrDefault(self.probabilityCol))
+        return any(self.getOrDefault(p) for p in (self.predictionCol, self.probabilityCol, self.rawPredictionCol))
 
     def _new_columns(self, model: keras.Model, heads: Sequence[Head]) -> list[tuple[NewColumn, DataType]]:
         """The columns to add, with their types."""
@@ -114,10 +117,12 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
         columns = []
         for index, head in enumerate(heads):
             suffix = f"_{head.name}" if len(heads) > 1 else ""
-            probability, prediction = self.getOrDefault(self.probabilityCol), self.getOrDefault(self.predictionCol)
-            if probability and head.is_class:
-                axes = 1 if head.kind == "unit" else len(head.shape)
-                columns.append(_column(probability + suffix, "probability", index, kind, axes))
+            prediction = self.getOrDefault(self.predictionCol)
+            for source, param in (("raw", self.rawPredictionCol), ("probability", self.probabilityCol)):
+                name = self.getOrDefault(param)
+                if name and head.is_class:
+                    axes = 1 if head.kind == "unit" else len(head.shape)
+                    columns.append(_column(name + suffix, source, index, kind, axes))
             if prediction:
                 axes = 0 if head.is_number else len(head.shape) - (head.kind == "classes")
                 columns.append(_column(prediction + suffix, "prediction", index, kind, axes))
@@ -127,8 +132,8 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
             columns.append(_column(self.getOrDefault(self.outputCol), "layer", 0, kind, axes))
         if not columns:
             raise ConfigError(
-                "nothing is to be added: predictionCol, probabilityCol and outputLayer are all empty, or the model makes no "
-                "probabilities; name at least one."
+                "nothing is to be added: predictionCol, probabilityCol, rawPredictionCol and outputLayer are all empty, or the "
+                "model makes no probabilities; name at least one."
             )
         return columns
 
@@ -141,6 +146,9 @@ class _Sent:
         self._key: tuple[Any, ...] | None = None
         self._token = ""
         self._broadcast: Broadcast[PackedModel] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Sent, ()  # a deep copy of a transformer, or a pickled one, sends its model anew
 
     def model(self, context: SparkContext, model: keras.Model) -> tuple[str, Broadcast[PackedModel]]:
         """(token, broadcast); sent again only where the weights, or the Spark application, are no longer the same."""

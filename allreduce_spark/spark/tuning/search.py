@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,6 +124,13 @@ def search(
     """
     if not callable(build_model):
         raise ConfigError(f"build_model must be a function from a dict of settings to a model, got {build_model!r}.")
+    try:
+        inspect.signature(build_model).bind({})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"build_model is called with one argument, a dict of settings, but cannot be: {error}. Write it as "
+            "def build_model(params): ... params['name'] ..."
+        ) from error
     towards = _direction_of(objective, direction)
     limits = SearchLimits(max_trials, 1 if max_parallel is None else max_parallel, timeout_s, keep_models, on_failure)
     columns = columns_of(features_col, label_col, weight_col)

@@ -53,6 +53,16 @@ class Head:
     def is_class(self) -> bool:
         return self.kind != "value"
 
+    @property
+    def takes_indices(self) -> bool:
+        """Whether the loss takes class indices for labels."""
+        return self.loss in _SPARSE
+
+    @property
+    def takes_one_hot(self) -> bool:
+        """Whether the loss takes one-hot vectors for labels."""
+        return self.loss in _ONE_HOT
+
     def probability(self, output: np.ndarray) -> np.ndarray:
         """The probabilities of all classes, (rows, classes): of a unit those of both, [1 - p, p]. Other shapes stay."""
         if self.kind == "classes":
@@ -62,6 +72,15 @@ class Head:
             flat = probability.reshape(-1)
             return np.stack([1 - flat, flat], axis=1)
         return probability
+
+    def raw(self, output: np.ndarray) -> np.ndarray:
+        """What the probabilities are made of, in their shape: logits, where the loss takes logits; else they themselves."""
+        if not self.from_logits:
+            return self.probability(output)
+        if self.kind == "unit":
+            flat = output.reshape(-1)
+            return np.stack([-flat, flat], axis=1)
+        return output
 
     def prediction(self, output: np.ndarray) -> np.ndarray:
         """The class, or the classes, or the value, per row: (rows,) where it is one number."""

@@ -63,6 +63,9 @@ def save_keras(model: keras.Model, path: Path) -> None:
         # Unbuilt models are fine: whoever loads them builds them from the data.
         warnings.filterwarnings("ignore", message=".*not yet been built.*")
         _put_back_optimizer(model)  # the user may have saved an .h5 before
+        if model.compiled and model.built and model.optimizer is not None and not model.optimizer.built:
+            # As the first step would: whoever loads the model would else miss its state, with a warning.
+            model.optimizer.build(model.trainable_variables)
         model.save(path)
         _put_back_optimizer(model)
 

@@ -8,6 +8,7 @@ from typing import Any
 import cloudpickle
 import keras
 import numpy as np
+import pandas as pd
 import pytest
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.ml import Pipeline
@@ -140,7 +141,7 @@ def test_a_pipeline_with_sparks_own_stages_and_evaluators(spark: SparkSession) -
     ]
     result = Pipeline(stages=stages).fit(frame).transform(frame)
     assert [field.name for field in result.schema][-4:] == ["index", "features", "probability", "prediction"]
-    ranking = BinaryClassificationEvaluator(labelCol="index", rawPredictionCol="probability")
+    ranking = BinaryClassificationEvaluator(labelCol="index")
     assert ranking.evaluate(result) > 0.9
     assert MulticlassClassificationEvaluator(labelCol="index", metricName="accuracy").evaluate(result) > 0.8
     # The evaluator computes the logarithm of the probability of the true class.
@@ -241,6 +242,8 @@ GOOD = bad()
 @pytest.mark.parametrize(
     ("params", "frame", "words"),
     [
+        ({"model": SOFTMAX}, lambda spark: pd.DataFrame({"features": [1.0]}), ["pandas", "spark.createDataFrame(data)"]),
+        ({"model": SOFTMAX}, lambda spark: spark.readStream.format("rate").load(), ["no end", "foreachBatch"]),
         ({"model": SOFTMAX, "labelCol": "nope"}, GOOD, ["no column 'nope'", "'features'"]),
         ({"model": SOFTMAX, "featuresCol": "nope"}, GOOD, ["no column 'nope'"]),
         ({"model": SOFTMAX, "weightCol": "nope"}, GOOD, ["no column 'nope'"]),

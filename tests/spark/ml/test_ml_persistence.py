@@ -73,6 +73,8 @@ def test_a_saved_pipeline_is_loaded_by_another_process_and_predicts_the_same(
     assert [stage.uid for stage in loaded.getStages()] == [assembler.uid, estimator.uid]
     fitted = loaded.fit(table(spark).selectExpr("a", "abs(b) AS b"))
     fitted.save(str(tmp_path / "fitted"))
+    (metadata,) = (tmp_path / "fitted" / "stages").glob(f"1_{estimator.uid}/metadata/part-*")
+    assert json.loads(metadata.read_text())["class"] == "allreduce_spark.AllReduceTransformer"  # wherever it is defined
 
     expected = [row.prediction for row in fitted.transform(table(spark)).collect()]
     result = subprocess.run(
@@ -123,6 +125,9 @@ def test_what_cannot_be_written_is_said(spark: SparkSession, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="no model to save"):
         AllReduceEstimator().save(str(tmp_path / "nothing"))
     assert not (tmp_path / "nothing").exists()
+    with pytest.raises(ConfigError, match="no model to save"):
+        AllReduceEstimator().write().overwrite().save(str(tmp_path / "estimator"))
+    assert AllReduceEstimator.load(str(tmp_path / "estimator")).uid == estimator.uid  # what was there still is
 
 
 class Exploding:

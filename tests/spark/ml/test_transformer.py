@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import io
+import pickle
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
+from pyspark import Broadcast
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.ml.linalg import DenseVector, Vectors, VectorUDT
 from pyspark.sql import DataFrame, SparkSession
@@ -33,6 +37,7 @@ from pyspark.sql.types import (
 )
 
 from allreduce_spark.errors import AllReduceSparkError
+from allreduce_spark.spark.inference import _value_of
 from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 
 pytestmark = pytest.mark.spark
@@ -113,7 +118,7 @@ def test_columns_of_every_type_pass_through_beside_the_predictions_and_the_input
         frame
     )
 
-    assert result.columns == [*frame.columns, "probability", "prediction", "inside"]
+    assert result.columns == [*frame.columns, "rawPrediction", "probability", "prediction", "inside"]
     assert [result.schema[name] for name in frame.columns] == [frame.schema[name] for name in frame.columns]
     collected = result.collect()
     assert evaluations.value == ROWS
@@ -169,9 +174,12 @@ def test_the_loss_decides_what_the_outputs_mean(
     rows = AllReduceTransformer(model, **params).transform(table(spark)).collect()
     output = model.predict(X, verbose=0)
     assert_close(column(rows, "prediction"), prediction(output))
-    assert ("probability" in rows[0]) == (probability is not None)
+    assert ("probability" in rows[0]) == ("rawPrediction" in rows[0]) == (probability is not None)
     if probability is not None:
         assert_close(column(rows, "probability"), probability(output))
+        logits = output if output.shape[1] > 1 else np.concatenate([-output, output], axis=1)
+        from_logits = getattr(getattr(model, "loss", None), "from_logits", False)
+        assert_close(column(rows, "rawPrediction"), logits if from_logits else probability(output))
 
 
 def test_inputs_are_matched_by_name_or_order_and_every_output_has_columns_of_its_own(spark: SparkSession) -> None:
@@ -200,6 +208,7 @@ def test_inputs_are_matched_by_name_or_order_and_every_output_has_columns_of_its
         result = transformer.transform(frame)
         assert set(result.columns) == {
             *names,
+            "rawPrediction_kind",
             "p_kind",
             "prediction_kind",
             "prediction_size",
@@ -278,6 +287,7 @@ def test_the_models_own_code_reaches_the_executors_and_changed_weights_are_seen(
     model.compile("sgd", lambda y, p: (y - p) ** 2)
     transformer = AllReduceTransformer(model)
     copies = [transformer, transformer.copy(), transformer.copy({transformer.predictionCol: "other"})]
+    deep = deepcopy(AllReduceTransformer(dense(1)))
     tokens = set()
     for weight in (1.0, 2.0):
         model.layers[-1].set_weights([np.full((4, 1), weight), np.zeros(1)])
@@ -286,6 +296,12 @@ def test_the_models_own_code_reaches_the_executors_and_changed_weights_are_seen(
             assert_close(column(copy.transform(table(spark)).collect(), name), weight * (2 * X + 1).sum(axis=1))
             tokens.add(copy._sent._token)
     assert len(tokens) == 2  # sent once for each state of the model, whatever the number of copies
+    assert_close(column(deep.transform(table(spark)).collect(), "prediction"), dense(1).predict(X, verbose=0)[:, 0])
+
+
+def test_a_model_that_came_encrypted_can_be_asked_for_again() -> None:
+    broadcast: Any = Broadcast(sock_file=io.BytesIO(pickle.dumps("model")))  # so under spark.io.encryption.enabled
+    assert [_value_of(broadcast), _value_of(broadcast)] == ["model", "model"]
 
 
 @pytest.fixture
@@ -354,7 +370,7 @@ TWO_INPUTS = keras.Model(
         ({"featuresCol": "a", "outputLayer": "last", "outputCol": ""}, GOOD, ["outputCol is empty"]),
         ({"featuresCol": "a", "predictionCol": "id"}, GOOD, ["already has a column 'id'"]),
         ({"featuresCol": "a", "predictionCol": "p", "probabilityCol": "p"}, GOOD, ["two outputs", "'p'"]),
-        ({"featuresCol": "a", "predictionCol": "", "probabilityCol": ""}, GOOD, ["nothing is to be added"]),
+        (dict.fromkeys(["predictionCol", "probabilityCol", "rawPredictionCol"], ""), GOOD, ["nothing is to be added"]),
         ({"model": TWO_INPUTS, "featuresCol": "a"}, GOOD, ["2 inputs ['l', 'r']", "1 column ['a']"]),
         ({"model": keras.Sequential([keras.layers.Dense(1)])}, GOOD, ["no model with weights"]),
         ({"model": None}, GOOD, ["no model with weights"]),

@@ -269,6 +269,7 @@ def test_cancelling_the_job_group_ends_all_trials(spark, nothing_stays, tmp_path
         ({"space": {"rate": (2, 1)}}, "which optuna refuses"),
         ({"space": {"rate": 0.1}}, "'rate': 0.1; expected"),
         ({"build_model": None}, "build_model must be a function"),
+        ({"build_model": lambda units, rate: None}, r"def build_model\(params\)"),
         ({"max_trials": 0}, "max_trials must be an integer of at least 1, got 0"),
         ({"max_parallel": 0}, "max_parallel must be"),
         ({"keep_models": -1}, "keep_models must be"),
