@@ -140,7 +140,8 @@ def test_a_pipeline_with_sparks_own_stages_and_evaluators(spark: SparkSession) -
         ),
     ]
     result = Pipeline(stages=stages).fit(frame).transform(frame)
-    assert [field.name for field in result.schema][-4:] == ["index", "features", "probability", "prediction"]
+    added = ["rawPrediction", "probability", "prediction"]
+    assert [field.name for field in result.schema][-5:] == ["index", "features", *added]
     ranking = BinaryClassificationEvaluator(labelCol="index")
     assert ranking.evaluate(result) > 0.9
     assert MulticlassClassificationEvaluator(labelCol="index", metricName="accuracy").evaluate(result) > 0.8
@@ -215,7 +216,8 @@ def test_several_outputs_are_trained_on_a_column_each_and_bad_rows_are_left_out(
     )
     np.testing.assert_allclose(weights_of(transformer.model), weights_of(model), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(transformer.history["loss"], history.history["loss"], rtol=1e-4)
-    assert transformer.transform(frame).columns[4:] == ["probability_kind", "prediction_kind", "prediction_size"]
+    added = ["rawPrediction_kind", "probability_kind", "prediction_kind", "prediction_size"]
+    assert transformer.transform(frame).columns[4:] == added
     assert transformer.transform(frame.drop("kind", "size")).count() == 66
 
 

@@ -351,6 +351,9 @@ TWO_INPUTS = keras.Model(
 )
 
 
+NO_OUTPUTS = dict.fromkeys(["predictionCol", "probabilityCol", "rawPredictionCol"], "")
+
+
 @pytest.mark.parametrize(
     ("params", "frame", "words"),
     [
@@ -370,7 +373,7 @@ TWO_INPUTS = keras.Model(
         ({"featuresCol": "a", "outputLayer": "last", "outputCol": ""}, GOOD, ["outputCol is empty"]),
         ({"featuresCol": "a", "predictionCol": "id"}, GOOD, ["already has a column 'id'"]),
         ({"featuresCol": "a", "predictionCol": "p", "probabilityCol": "p"}, GOOD, ["two outputs", "'p'"]),
-        (dict.fromkeys(["predictionCol", "probabilityCol", "rawPredictionCol"], ""), GOOD, ["nothing is to be added"]),
+        ({"featuresCol": "a", **NO_OUTPUTS}, GOOD, ["nothing is to be added"]),
         ({"model": TWO_INPUTS, "featuresCol": "a"}, GOOD, ["2 inputs ['l', 'r']", "1 column ['a']"]),
         ({"model": keras.Sequential([keras.layers.Dense(1)])}, GOOD, ["no model with weights"]),
         ({"model": None}, GOOD, ["no model with weights"]),
