@@ -39,6 +39,7 @@ from allreduce_spark.spark.adapters.slices import (
     vectors_and_numbers,
 )
 from allreduce_spark.spark.shards import Columns, blocks_of
+from allreduce_spark.spark.stage import active_context
 
 __all__ = [
     "df_to_simple_rdd",
@@ -194,7 +195,7 @@ def from_data_frame(
         ConfigError: num_classes is no positive integer.
     """
     check_num_classes(num_classes)
-    blocks = blocks_of(df.sparkSession.sparkContext, df, Columns(), 1)
+    blocks = blocks_of(active_context(), df, Columns(), 1)
     return arrays_of_blocks(blocks, categorical, num_classes)
 
 
@@ -225,7 +226,7 @@ def df_to_simple_rdd(
     """
     check_num_classes(num_classes)
     names = (features_col,) if isinstance(features_col, str) else tuple(features_col)
-    blocks = blocks_of(df.sparkSession.sparkContext, df, Columns(names, (label_col,)), 1)  # refuses wrong columns
+    blocks = blocks_of(active_context(), df, Columns(names, (label_col,)), 1)  # refuses wrong columns
     if categorical and num_classes is None:
         largest = df.agg(F.max(df[f"`{label_col.replace('`', '``')}`"])).first()
         num_classes = num_classes_for(None if largest is None else largest[0])

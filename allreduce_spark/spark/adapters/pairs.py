@@ -17,6 +17,7 @@ from allreduce_spark.data.values import to_numpy
 from allreduce_spark.errors import DataError
 from allreduce_spark.spark.adapters.labels import check_labels, label_problem, num_classes_for, one_hot
 from allreduce_spark.spark.adapters.slices import pairs_of_slice
+from allreduce_spark.spark.stage import active_context
 
 __all__ = ["arrays_of_blocks", "largest_label", "pairs_of_blocks", "pairs_of_points"]
 
@@ -34,6 +35,7 @@ def pairs_of_points(rdd: Any, num_classes: int | None = None, *, encode: bool = 
     """
     if not isinstance(rdd, RDD):
         raise DataError(f"expected an RDD of LabeledPoints, got {type(rdd)}; to_labeled_point makes one of arrays")
+    active_context()  # on one machine, workers run this Python
     return rdd.mapPartitionsWithIndex(partial(_pairs, num_classes=num_classes, encode=encode))
 
 
@@ -103,7 +105,7 @@ def arrays_of_blocks(blocks: RDD[bytes], categorical: bool, num_classes: int | N
     if categorical:
         return x, _encoded(y, num_classes_for(y.max().item()) if num_classes is None else num_classes)
     check_labels(y, None)
-    return x, y.astype(np.int64) if (y == np.floor(y)).all() else y
+    return x, y.astype(np.int64) if (np.isfinite(y) & (y == np.floor(y))).all() else y
 
 
 def _decoded(data: bytes) -> Block:

@@ -18,6 +18,7 @@ from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, Structure, desc
 from allreduce_spark.data.values import as_array, leaf_of
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.adapters.labels import check_labels
+from allreduce_spark.spark.stage import active_context
 
 __all__ = [
     "columns_of",
@@ -110,6 +111,7 @@ def slices_of(sc: SparkContext, columns: list[np.ndarray]) -> RDD[list[np.ndarra
     Raises:
         ConfigError: The driver's JVM is too small for them.
     """
+    active_context()  # on one machine, workers run this Python
     rows, size = len(columns[0]), sum(column.nbytes for column in columns)
     _check_heap(sc, size)
     partitions = max(sc.defaultParallelism, -(-size // PARTITION_BYTES))

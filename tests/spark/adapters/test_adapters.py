@@ -300,3 +300,29 @@ def test_what_is_refused_while_spark_reads_names_value_row_and_partition(spark: 
     ):
         with pytest.raises(PySparkException, match=r"DataError: in row 3 of partition 0, the label is 3.0"):
             rdd.collect()
+
+
+@pytest.mark.spark
+def test_as_the_first_call_of_a_session_they_run_this_python(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sc = spark.sparkContext
+    points = sc.parallelize([LabeledPoint(label, [1.0]) for label in range(4)])
+    frame = spark.createDataFrame([([1.0], 0.0)], "features array<double>, label double")
+    monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
+    calls: list[Callable[[], Any]] = [
+        lambda: to_simple_rdd(sc, np.ones((4, 1)), np.arange(4)).count(),
+        lambda: len(from_labeled_point(points)[1]),
+        lambda: lp_to_simple_rdd(points).count(),
+        lambda: 4 * len(from_data_frame(frame)[1]),
+        lambda: 4 * df_to_simple_rdd(frame).count(),
+    ]
+    for call in calls:
+        monkeypatch.setattr(sc, "pythonExec", "python3-of-another-environment")
+        assert call() == 4
+
+
+@pytest.mark.spark
+def test_a_label_that_is_infinite_is_no_whole_number(spark: SparkSession) -> None:
+    points = spark.sparkContext.parallelize([LabeledPoint(float("inf"), [1.0]), LabeledPoint(2.0, [2.0])])
+    np.testing.assert_array_equal(from_labeled_point(points)[1], [np.inf, 2.0])
