@@ -22,8 +22,9 @@ class Timeouts:
     Attributes:
         slots_s: Executors that are still registering with a young Spark application.
         start_s: From when the barrier stage could start until every agent has connected to the driver. While other tasks of
-            the application run, those that it takes its rows from among them, it waits for slots as any Spark stage does.
-        spool_s: Reading and writing down all shards; includes what is upstream of them in the same stage.
+            the application run, those that it takes its rows from among them, it waits for slots, for up to `spool_s`.
+        spool_s: Reading and writing down all shards; includes what is upstream of them in the same stage. Before that stage:
+            waiting for the tasks that it takes its rows from, or that have its slots.
         import_s: Importing TensorFlow and loading the model, in every rank.
         init_s: Opening the communicator.
         step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.

@@ -157,14 +157,14 @@ def run_stage(
     """
     tag = f"allreduce_spark-{secrets.token_hex(4)}"
     job = _Job(context, tag, shards.barrier().mapPartitions(partial(_be_agent, task)))
-    queue = _Queue(context, tag)
+    queue, give_up_at = _Queue(context, tag), time.monotonic() + task.timeouts.spool_s
     try:
         job.start()
         while not rendezvous.wait(POLL_S):
             on_wait()
             if job.ended:
                 rendezvous.fail(_failure_of_job(job.error))
-            elif queue.is_waiting():
+            elif time.monotonic() < give_up_at and queue.is_waiting():
                 rendezvous.begin_start()
     except BaseException as interruption:
         rendezvous.fail(Failure("Interrupted", f"interrupted on the driver: {type(interruption).__name__}"))
