@@ -48,9 +48,11 @@ def grid(**space: list[Any]) -> dict[str, Any]:
 @pytest.fixture
 def nothing_stays(spark):
     """After the test no trial runs, and Spark keeps no rows."""
+    kept = spark.sparkContext._jsc.getPersistentRDDs
+    before = set(kept())
     yield
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("allreduce-spark")]
-    assert spark.sparkContext._jsc.getPersistentRDDs().size() == 0
+    assert not set(kept()) - before
     assert not spark.sparkContext.statusTracker().getActiveJobsIds()
 
 
