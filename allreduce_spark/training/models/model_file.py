@@ -17,6 +17,7 @@ from typing import Any
 
 import h5py
 import keras
+from keras.src.saving import serialization_lib
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.models import legacy_h5
@@ -97,7 +98,8 @@ def read_model_file(
     Args:
         path: On the local disk. The content says which format it is, not the name.
         custom_objects: Classes and functions, by name, beside those registered with Keras.
-        safe_mode: Refuse what would run code from the file. Only pass False for a file whose author you trust.
+        safe_mode: Refuse what would run code from the file. Only pass False for a file whose author you trust;
+            `keras.config.enable_unsafe_deserialization()` says so for all files.
         compiled: Whether to restore loss, metrics and optimizer as well.
         name: What to call the file in errors, where `path` is a copy of it.
 
@@ -105,6 +107,7 @@ def read_model_file(
         ConfigError: The file is no model file, is damaged, comes from a newer version, or needs code that is not here.
     """
     name = name or str(path)
+    safe_mode = safe_mode and serialization_lib.in_safe_mode() is not False
     with path.open("rb") as file:
         head = file.read(8)
     archive = head.startswith(b"PK\x03\x04")
@@ -127,7 +130,8 @@ def _why_not_loaded(name: str, error: Exception) -> str:
     if "Lambda" in str(error) or "lambda" in str(error):
         advice = (
             "A Lambda layer is Python bytecode in the file, which could do anything. If you trust the author of the file, pass "
-            "safe_mode=False; better, replace the layer by a class of your own."
+            "safe_mode=False, or where nothing can be passed call keras.config.enable_unsafe_deserialization() before; better, "
+            "replace the layer by a class of your own."
         )
     else:
         advice = (

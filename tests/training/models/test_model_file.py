@@ -12,6 +12,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+from keras.src.saving import serialization_lib
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.models.model_file import read_model_file, write_model_file
@@ -179,6 +180,8 @@ def test_bytecode_in_a_file_runs_only_if_the_user_says_so(tmp_path, suffix):
     write_model_file(path, model, "SparkModel", {})
     with pytest.raises(ConfigError, match="safe_mode=False"):
         read_model_file(path)
+    with serialization_lib.SafeModeScope(False):  # what keras.config.enable_unsafe_deserialization sets for good
+        assert read_model_file(path).class_name == "SparkModel"
     back = read_model_file(path, safe_mode=False).model
     np.testing.assert_allclose(back.predict(X, verbose=0), model.predict(X, verbose=0), rtol=1e-6)
 
