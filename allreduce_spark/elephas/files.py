@@ -18,10 +18,10 @@ import numpy as np
 from allreduce_spark.checkpoint.files import fetch_file, put_file
 from allreduce_spark.elephas.utils.model_utils import ModelTypeEncoder, as_enum
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.models.legacy_h5 import ATTRIBUTE
 
 __all__ = ["read_config", "write_config"]
 
-ATTRIBUTE = "distributed_config"
 WEIGHTS = "distributed_weights"
 
 

@@ -19,7 +19,7 @@ from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
-from allreduce_spark.training.models.model_bytes import load_model
+from allreduce_spark.training.models.model_bytes import model_from_bytes
 from allreduce_spark.training.scoring import load_uncompiled
 
 __all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
@@ -131,10 +131,7 @@ def _model(task: InferenceTask, *, compiled: bool) -> keras.Model:
     key = (hashlib.sha256(task.model + task.objects).digest(), compiled)
     if _last is None or _last[0] != key:
         if compiled:
-            with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-                path = Path(folder) / "model.keras"
-                path.write_bytes(task.model)
-                _last = (key, load_model(path, cloudpickle.loads(task.objects)))
+            _last = (key, model_from_bytes(task.model, cloudpickle.loads(task.objects)))
         else:
             _last = (key, load_uncompiled(task.model, task.objects))
     return _last[1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +10,7 @@ import keras
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.job import Job, check_arrival, seed_variables
-from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import custom_objects_of, model_from_bytes, model_to_bytes
 
 __all__ = ["copy_model", "set_learning_rate"]
 
@@ -23,11 +21,7 @@ def copy_model(model: keras.Model, custom_objects: Mapping[str, Any]) -> keras.M
     Raises:
         ConfigError: Keras cannot save it, or load it again, or forgets something on the way.
     """
-    objects = {**custom_objects_of(model), **custom_objects}
-    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-        path = Path(folder) / "model.keras"
-        path.write_bytes(model_to_bytes(model))
-        copied = load_model(path, objects)
+    copied = model_from_bytes(model_to_bytes(model), {**custom_objects_of(model), **custom_objects})
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations = int(model.optimizer.iterations.numpy())
     check_arrival(copied, Job(b"", b"", FitConfig(), Timeouts(), [], trainable, iterations))

@@ -17,7 +17,7 @@ import numpy as np
 
 from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.models.layout import Slot, names_of_list, outputs_of, tensors_of
+from allreduce_spark.training.models.layout import Slot, matched, names_of_list, outputs_of, tensors_of
 
 __all__ = ["Head", "heads_of", "label_forms"]
 
@@ -136,7 +136,7 @@ def label_forms(heads: Sequence[Head], columns: Sequence[str], scalar: Container
             f"the model has {len(heads)} outputs {names}, but the labels are in {len(columns)} column"
             f"{'s' * (len(columns) != 1)} {list(columns)}: name one column per output in labelCols."
         )
-    ordered = names if set(columns) == set(names) else columns
+    ordered = matched(columns, names)
     return tuple(_label_form(head, name, name in scalar) for head, name in zip(heads, ordered, strict=True))
 
 

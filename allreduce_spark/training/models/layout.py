@@ -19,6 +19,7 @@ __all__ = [
     "inputs_of",
     "layer_model",
     "layer_of",
+    "matched",
     "names_of_list",
     "outputs_in_order",
     "outputs_of",
@@ -147,8 +148,13 @@ def feature_forms(model: keras.Model, columns: Sequence[str], scalar: Container[
             f"the model has {len(inputs)} inputs {names}, but the features are in {len(columns)} column"
             f"{'s' * (len(columns) != 1)} {list(columns)}: name one column per input in featuresCols."
         )
-    ordered = names if set(columns) == set(names) else columns
+    ordered = matched(columns, names)
     return tuple(_form_of(slot, (column,)) for slot, column in zip(inputs, ordered, strict=True))
+
+
+def matched(columns: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """The column of each input or output, as many as there are: that of its name if all names are equal, else by place."""
+    return names if set(columns) == set(names) else columns
 
 
 def layer_of(model: keras.Model, name: str) -> Any:

@@ -29,6 +29,7 @@ __all__ = [
     "keras_lock",
     "load_model",
     "load_state",
+    "model_from_bytes",
     "model_to_bytes",
     "read_about",
     "save_keras",
@@ -125,6 +126,18 @@ def load_model(path: Path, custom_objects: Mapping[str, Any]) -> keras.Model:
         reasons = "; ".join(str(warning.message) for warning in caught) or "no reason given"
         raise ConfigError(f"the model arrived on the executors without its compile settings: {reasons}")
     return model
+
+
+def model_from_bytes(archive: bytes, custom_objects: Mapping[str, Any]) -> keras.Model:
+    """Load what `model_to_bytes` returned, compiled.
+
+    Raises:
+        ConfigError: As `load_model`.
+    """
+    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+        path = Path(folder) / "model.keras"
+        path.write_bytes(archive)
+        return load_model(path, custom_objects)
 
 
 def custom_objects_of(model: keras.Model) -> dict[str, Any]:
