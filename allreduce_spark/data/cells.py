@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-__all__ = ["lists", "numbers", "vectors"]
+__all__ = ["canonical_vectors", "lists", "numbers", "vectors"]
 
 _DENSE = 1
 
@@ -25,6 +26,14 @@ def vectors(values: np.ndarray) -> pa.Array:
         lists(values.reshape(rows, -1)),
     ]
     return pa.StructArray.from_arrays(parts, names=["type", "size", "indices", "values"])
+
+
+def canonical_vectors(column: pa.StructArray) -> pa.StructArray:
+    """The same vectors with null for the indices of dense ones, as Spark writes them: it compares vectors by their bytes."""
+    parts = {field.name: column.field(field.name) for field in column.type}
+    of_sparse = pc.not_equal(parts["type"], _DENSE)
+    parts["indices"] = pc.if_else(of_sparse, parts["indices"], pa.scalar(None, parts["indices"].type))
+    return pa.StructArray.from_arrays(list(parts.values()), names=list(parts), mask=column.is_null())
 
 
 def lists(values: np.ndarray) -> pa.Array:

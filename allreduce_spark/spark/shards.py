@@ -14,12 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 from pyspark import RDD, SparkContext, TaskContext
-from pyspark.sql import Column, DataFrame
+from pyspark.ml.linalg import VectorUDT
+from pyspark.sql import Column, DataFrame, functions
 from pyspark.sql.pandas.types import to_arrow_schema
-from pyspark.sql.types import BooleanType, NumericType, StructType
+from pyspark.sql.types import BooleanType, NumericType, StructField, StructType
 
 from allreduce_spark.data.arrays import arrays_to_blocks
+from allreduce_spark.data.cells import canonical_vectors
 from allreduce_spark.data.columns import check_columns
+from allreduce_spark.data.flat import is_vector
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.data.rows import rows_to_blocks
 from allreduce_spark.data.tables import table_to_blocks
@@ -220,11 +223,19 @@ def scalar_columns(frame: DataFrame) -> frozenset[str]:
 def map_batches(
     frame: DataFrame, task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: StructType | str
 ) -> DataFrame:
-    """`mapInArrow` for columns of any name: PySpark's own takes a dot in one for a part of a struct."""
+    """`mapInArrow` for columns of any name, and for many vectors.
+
+    PySpark's own takes a dot in a name for a part of a struct. And Spark 4 measures its Arrow buffers after every row; the
+    indices of a dense vector are null, and a list of nulls is filled anew from its start each time, which takes four
+    times as long as all the rest. So vectors leave the JVM with empty lists there, and come back as they were.
+    """
     names = frame.columns
     if any("." in name or "`" in name for name in names):
         frame = frame.toDF(*(f"column{index}" for index in range(len(names))))
         task = partial(_with_names, task, names)
+    if any(isinstance(field.dataType, VectorUDT) for field in frame.schema.fields):
+        frame = frame.select([_without_null_indices(frame, field) for field in frame.schema.fields])
+        task = partial(_with_null_indices, task)
     return frame.mapInArrow(task, schema)
 
 
@@ -234,6 +245,23 @@ def _with_names(
     batches: Iterator[pa.RecordBatch],
 ) -> Iterator[pa.RecordBatch]:
     return task(batch.rename_columns(names) for batch in batches)
+
+
+def _without_null_indices(frame: DataFrame, field: StructField) -> Column:
+    column = column_of(frame, field.name)
+    if not isinstance(field.dataType, VectorUDT):
+        return column
+    vector = functions.unwrap_udt(column)
+    none = functions.array().cast("array<int>")
+    return vector.withField("indices", functions.coalesce(vector["indices"], none)).alias(field.name)
+
+
+def _with_null_indices(
+    task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], batches: Iterator[pa.RecordBatch]
+) -> Iterator[pa.RecordBatch]:
+    for batch in task(batches):
+        columns = [canonical_vectors(column) if is_vector(column.type) else column for column in batch.columns]
+        yield pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _blocks_of_batches(

@@ -123,6 +123,8 @@ def test_columns_of_every_type_pass_through_beside_the_predictions_and_the_input
     collected = result.collect()
     assert evaluations.value == ROWS
     assert [tuple(row)[: len(rows[0])] for row in collected] == rows
+    vectors = ["features", "`a.vector`"]  # Spark compares them by their bytes
+    assert result.select(vectors).union(frame.select(vectors)).distinct().count() == ROWS
     expected = model.predict(X, verbose=0)
     assert_close(column(collected, "probability"), expected)
     assert column(collected, "prediction").tolist() == expected.argmax(axis=1).tolist()
