@@ -25,7 +25,8 @@ from typing import Any
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ProtocolError, RankFailedError, RendezvousError
-from allreduce_spark.rendezvous import pmi, protocol
+from allreduce_spark.rendezvous import pmi
+from allreduce_spark.rendezvous.gate import Gate, Guest
 from allreduce_spark.rendezvous.group import (
     Failure,
     Join,
@@ -36,29 +37,23 @@ from allreduce_spark.rendezvous.group import (
     nodes_of,
     overdue,
 )
-from allreduce_spark.rendezvous.protocol import Codec, Message, Phase
+from allreduce_spark.rendezvous.protocol import Message, Phase
 
 __all__ = ["Rendezvous"]
 
 log = logging.getLogger(__name__)
 rank_log = logging.getLogger("allreduce_spark.rank")
 
-HANDSHAKE_S = 10.0
-MAX_STRANGERS = 128  # beside the agents themselves, which may all come at once
 # A rank that lost the others in a collective may be heard before the death that caused it: wait so long for the cause.
 GRACE_S = 0.4
 
 
 class _Agent:
-    """One authenticated connection and the rank behind it."""
+    """One agent: its connection, and the rank behind it once it has said hello."""
 
-    def __init__(self, writer: asyncio.StreamWriter, codec: Codec) -> None:
-        self.writer, self.codec = writer, codec
+    def __init__(self, guest: Guest) -> None:
+        self.guest, self.send = guest, guest.send
         self.station: Station | None = None
-
-    def send(self, kind: str, **fields: Any) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(self.codec.encode(Message(kind, fields)))
 
 
 class Rendezvous:
@@ -86,7 +81,8 @@ class Rendezvous:
         on_progress: Callable[[dict[str, Any]], object] = lambda fields: None,
         on_result: Callable[[bytes], object] = lambda piece: None,
     ) -> None:
-        self._num_ranks, self._key, self._timeouts = num_ranks, key, timeouts
+        self._num_ranks, self._timeouts = num_ranks, timeouts
+        self._gate = Gate(key, num_ranks, self._attend)
         self._approve, self._show_progress, self._keep_result = approve, on_progress, on_result
         self._handlers: dict[str, Callable[..., None]] = {
             "hello": self._on_hello,
@@ -100,7 +96,6 @@ class Rendezvous:
             "done": self._on_done,
         }
         self._agents: dict[int, _Agent] = {}
-        self._strangers = 0
         self._failures: list[Failure] = []
         self._keys: pmi.KeySpace | None = None
         self._finished = threading.Event()
@@ -170,33 +165,24 @@ class Rendezvous:
     # Everything below runs in the rendezvous thread.
 
     async def _listen(self, host: str) -> tuple[str, int]:
-        self._server = await asyncio.start_server(self._serve, host, 0, backlog=self._num_ranks + 16)
+        address = await self._gate.open(host)
         self._watcher = asyncio.create_task(self._watch())
-        return self._server.sockets[0].getsockname()[:2]
+        return address
 
     async def _stop(self) -> None:
-        if hasattr(self, "_server"):
-            self._watcher.cancel()
-            self._server.close()
+        self._gate.close()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            agent = await self._authenticate(reader, writer)
-            if agent is not None:
-                await self._attend(agent, reader)
-        finally:
-            writer.close()
-
-    async def _attend(self, agent: _Agent, reader: asyncio.StreamReader) -> None:
+    async def _attend(self, guest: Guest) -> None:
         """Listen to one agent for as long as it is there. Strangers do not come so far, so nobody waits for them to go."""
+        agent = _Agent(guest)
         self._connected += 1
         self._deserted.clear()
         try:
-            await self._converse(agent, reader)
+            await self._converse(agent)
         except (OSError, AllReduceSparkError) as error:
             self._lost(agent, str(error))
         except Exception as error:  # noqa: BLE001  A mistake of ours is to end the fit, not only this connection.
@@ -208,35 +194,16 @@ class Rendezvous:
             if not self._connected:
                 self._deserted.set()
 
-    async def _authenticate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Agent | None:
-        if self._strangers >= MAX_STRANGERS + self._num_ranks:
-            return None
-        self._strangers += 1
-        peer = writer.get_extra_info("peername")
-        try:
-            nonce = secrets.token_bytes(protocol.NONCE_BYTES)
-            writer.write(protocol.challenge(nonce))
-            answer = await asyncio.wait_for(reader.readexactly(protocol.ANSWER_BYTES), HANDSHAKE_S)
-            proof, codec = protocol.check_answer(self._key, nonce, answer)
-            writer.write(proof)
-        except (asyncio.TimeoutError, asyncio.IncompleteReadError, RendezvousError, OSError) as error:
-            log.warning("refused a connection from %s: %s", peer, str(error) or type(error).__name__)
-            return None
-        finally:
-            self._strangers -= 1
-        return _Agent(writer, codec)
-
-    async def _converse(self, agent: _Agent, reader: asyncio.StreamReader) -> None:
-        while data := await reader.read(1 << 18):
-            for message in agent.codec.feed(data):
-                if agent.station is not None:
-                    agent.station.heard_at = time.monotonic()
-                if message.kind not in self._handlers:
-                    raise ProtocolError(f"an agent sent a message of unknown kind {message.kind!r}")
-                try:
-                    self._handlers[message.kind](agent, message, **message.fields)
-                except (TypeError, ValueError, KeyError) as error:
-                    raise ProtocolError(f"an agent sent a wrong '{message.kind}' message: {error!r}") from error
+    async def _converse(self, agent: _Agent) -> None:
+        async for message in agent.guest.messages():
+            if agent.station is not None:
+                agent.station.heard_at = time.monotonic()
+            if message.kind not in self._handlers:
+                raise ProtocolError(f"an agent sent a message of unknown kind {message.kind!r}")
+            try:
+                self._handlers[message.kind](agent, message, **message.fields)
+            except (TypeError, ValueError, KeyError) as error:
+                raise ProtocolError(f"an agent sent a wrong '{message.kind}' message: {error!r}") from error
 
     def _on_hello(self, agent: _Agent, message: Message, *, rank: int, host: str) -> None:
         if self._finished.is_set() or rank in self._agents or not 0 <= rank < self._num_ranks:

@@ -13,7 +13,7 @@ import pytest
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import DataError, RendezvousError
-from allreduce_spark.rendezvous import protocol, server
+from allreduce_spark.rendezvous import gate, protocol, server
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.server import Rendezvous
 
@@ -417,7 +417,7 @@ def test_strangers_neither_get_in_nor_disturb_the_fit(meet, caplog):
 
 
 def test_a_stranger_who_says_nothing_is_sent_away(meet, monkeypatch):
-    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(gate, "HANDSHAKE_S", 0.2)
     meeting = meet(1)
     with socket.create_connection(meeting.address, timeout=20) as silent:
         assert len(silent.recv(1000)) == protocol.CHALLENGE_BYTES
@@ -425,7 +425,7 @@ def test_a_stranger_who_says_nothing_is_sent_away(meet, monkeypatch):
 
 
 def test_many_agents_may_come_at_once_and_beside_them_only_so_many_strangers(meet, monkeypatch):
-    monkeypatch.setattr(server, "MAX_STRANGERS", 2)
+    monkeypatch.setattr(gate, "MAX_STRANGERS", 2)
     meeting = meet(4)
     waiting = [socket.create_connection(meeting.address, timeout=20) for _ in range(6)]
     for stranger in waiting:
@@ -434,7 +434,7 @@ def test_many_agents_may_come_at_once_and_beside_them_only_so_many_strangers(mee
         assert one_too_many.recv(1) == b""
     for stranger in waiting:
         stranger.close()
-    eventually(lambda: meeting.rendezvous._strangers == 0, "the strangers are gone")
+    eventually(lambda: meeting.rendezvous._gate.strangers == 0, "the strangers are gone")
     meeting.gather()
 
 
