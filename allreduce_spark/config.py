@@ -10,7 +10,7 @@ from typing import Any
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["FitConfig", "Timeouts", "check_num_ranks", "check_sync_every"]
+__all__ = ["FitConfig", "Recovery", "Timeouts", "check_num_ranks", "check_sync_every"]
 
 MAX_RANKS = 4096
 
@@ -28,6 +28,7 @@ class Timeouts:
         import_s: Importing TensorFlow and loading the model, in every rank.
         init_s: Opening the communicator.
         step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.
+        stall_warning_s: A rank that takes longer than this for one step is named in the log, with what its code is doing.
         collective_s: One rank waiting for the others in one collective.
         result_s: Bringing the weights from the root to the driver.
         teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known.
@@ -41,6 +42,7 @@ class Timeouts:
     import_s: float = 300.0
     init_s: float = 120.0
     step_s: float = 1800.0
+    stall_warning_s: float = 60.0
     collective_s: float = 1800.0
     result_s: float = 600.0
     teardown_s: float = 20.0
@@ -57,6 +59,23 @@ class Timeouts:
                 f"Timeouts.silence_s={self.silence_s} must be more than twice heartbeat_s={self.heartbeat_s}, "
                 "or one late heartbeat ends the fit."
             )
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How much misfortune a fit is to survive.
+
+    Attributes:
+        max_restarts: How often in a row ranks are started again without having come further than before.
+        min_ranks: Where machines are lost, train with as few ranks as this, until there are slots for more.
+    """
+
+    max_restarts: int = 3
+    min_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count("max_restarts", self.max_restarts, at_least=0)
+        _check_count("min_ranks", self.min_ranks, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -138,14 +138,13 @@ class Connection(Channel):
         self.heard_at = time.monotonic()
         return received
 
-    def start_heartbeats(self, interval_s: float, place: Callable[[], tuple[str, int, int]]) -> None:
-        """Tell the driver every `interval_s` where the rank is: (phase, epoch, step)."""
+    def start_heartbeats(self, interval_s: float, place: Callable[[], dict[str, Any]]) -> None:
+        """Tell the driver every `interval_s` where the rank is: generation, phase, epoch and step."""
 
         def beat() -> None:
             while not self._closing.wait(interval_s):
-                phase, epoch, step = place()
                 try:
-                    self.send("heartbeat", phase=phase, epoch=epoch, step=step)
+                    self.send("heartbeat", **place())
                 except RendezvousError:
                     return  # The reading side finds out and says so.
 

@@ -9,28 +9,55 @@ from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.world import Membership, worlds_of
 
-__all__ = ["Failure", "Join", "Station", "add_failure", "first_cause", "form_group", "nodes_of", "overdue"]
+__all__ = [
+    "Failure",
+    "Join",
+    "ShardReport",
+    "Station",
+    "add_failure",
+    "first_cause",
+    "form_group",
+    "nodes_of",
+    "overdue",
+    "shards_of",
+    "stalled_for_long",
+]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What an agent tells of one shard that it has on disk.
+
+    Attributes:
+        shard: Its number.
+        rows, validation_rows: How many rows it has.
+        spec, validation_spec: What a row looks like, as JSON, or None where there are none.
+    """
+
+    shard: int
+    rows: int
+    validation_rows: int = 0
+    spec: str | None = None
+    validation_spec: str | None = None
 
 
 @dataclass(frozen=True)
 class Join:
-    """What an agent tells once its shard is on disk.
+    """What an agent tells once its shards are on disk and it is ready to start a rank, in every generation.
 
     Attributes:
         rank: The agent's partition; the rank it will look after.
         host: Name of the host, for people.
         host_key: The same string for two agents exactly if their ranks can share memory.
-        rows, validation_rows: Rows of the agent's shard.
-        spec, validation_spec: What a row looks like, as JSON, or None where the shard is empty.
+        shards: Those of the rank.
+        saved: Ids of the checkpoints of which the rank's part lies on the agent's disk.
     """
 
     rank: int
     host: str
     host_key: str
-    rows: int
-    validation_rows: int = 0
-    spec: str | None = None
-    validation_spec: str | None = None
+    shards: tuple[ShardReport, ...]
+    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +69,7 @@ class Failure:
         cause: What happened, for people; may be a traceback.
         consequence: True where this may well be the effect of another failure that is still on its way: a rank that
             lost the others in a collective, an agent whose connection ended.
+        stage_lost: True where the barrier stage itself cannot go on: an agent, or the machine that it ran on, is gone.
     """
 
     error: str
@@ -53,13 +81,15 @@ class Failure:
     step: int | None = None
     log_tail: tuple[str, ...] = ()
     consequence: bool = False
+    stage_lost: bool = False
 
 
 @dataclass
 class Station:
     """Where one rank is: what its agent last said, and when (seconds of a monotonic clock).
 
-    `changed_at` is when phase, epoch or step last moved on; `heard_at` is the last sign of life of the agent.
+    `changed_at` is when phase, epoch or step last moved on; `heard_at` is the last sign of life of the agent. `warned` says
+    whether the log has named it for not going on, and `stack` is what its rank was doing then.
     """
 
     rank: int
@@ -70,13 +100,16 @@ class Station:
     epoch: int = 0
     step: int = 0
     done: bool = False
+    warned: bool = False
+    stack: tuple[str, ...] = ()
     join: Join | None = None
 
     def move_to(self, phase: Phase, epoch: int, step: int, now: float) -> None:
-        if phase in (Phase.SPOOL, Phase.JOIN) and _ORDER[phase] < _ORDER[self.phase]:
+        if phase in (Phase.SPOOL, Phase.RESTART, Phase.JOIN) and _ORDER[phase] < _ORDER[self.phase]:
             return  # It left before the agent had joined, or knew that the group is formed.
         if (phase, epoch, step) != (self.phase, self.epoch, self.step):
             self.phase, self.epoch, self.step, self.changed_at = phase, epoch, step, now
+            self.warned, self.stack = False, ()
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -101,10 +134,16 @@ def nodes_of(joins: Sequence[Join]) -> list[int]:
     return [world.node_rank for world in worlds_of([join.host_key for join in joins])]
 
 
+def shards_of(joins: Sequence[Join]) -> list[ShardReport]:
+    """The shards of all ranks, in the order of their numbers."""
+    return sorted((shard for join in joins for shard in join.shards), key=lambda shard: shard.shard)
+
+
 def form_group(joins: Sequence[Join], generation: int, key_space: str) -> tuple[Membership, ...]:
     """Tell every rank its place. `joins` is in rank order and complete."""
-    rows = tuple(join.rows for join in joins)
-    validation_rows = tuple(join.validation_rows for join in joins)
+    shards = shards_of(joins)
+    rows = tuple(shard.rows for shard in shards)
+    validation_rows = tuple(shard.validation_rows for shard in shards)
     return tuple(
         Membership(world, generation, key_space, rows, validation_rows)
         for world in worlds_of([join.host_key for join in joins])
@@ -133,6 +172,7 @@ _SETTING_OF_PHASE = {
     Phase.SLOTS: "slots_s",
     Phase.START: "start_s",
     Phase.SPOOL: "spool_s",
+    Phase.RESTART: "init_s",
     Phase.JOIN: "spool_s",
     Phase.IMPORT: "import_s",
     Phase.INIT: "init_s",
@@ -163,6 +203,7 @@ def overdue(
             "connect. Are the slots busy with other jobs, or can the executors not reach the driver's port? "
             "Setting: Timeouts.start_s",
             phase=Phase.START.value,
+            stage_lost=True,
         )
     for station in stations:
         if not station.done and now - station.heard_at > timeouts.silence_s:
@@ -171,20 +212,32 @@ def overdue(
                 f"the driver has not heard of this rank's agent for {now - station.heard_at:.0f} s; its host or its "
                 "network is gone, or it is stopped. Setting: Timeouts.silence_s",
                 *station.whereabouts,
+                stage_lost=True,
             )
-    return _stalled(
-        [station for station in stations if not station.done and station.phase is not Phase.JOIN], now, timeouts
-    )
+    return _stalled(laggards(stations), now, timeouts)
 
 
-def _stalled(working: Sequence[Station], now: float, timeouts: Timeouts) -> Failure | None:
-    """Whether those ranks that are furthest behind have not gone on for too long.
+def laggards(stations: Sequence[Station]) -> list[Station]:
+    """Those ranks that are furthest behind, by their numbers.
 
-    Only they can be to blame: all others wait for them, and with good reason, however long. And where several are equally
-    far behind, they can only wait for each other since the last of them has come there.
+    Only they can be to blame if nothing goes on: all others wait for them, and with good reason, however long. And where
+    several are equally far behind, they can only wait for each other since the last of them has come there.
     """
+    working = [station for station in stations if not station.done and station.phase is not Phase.JOIN]
     furthest_behind = min((station.place for station in working), default=None)
-    behind = sorted((station for station in working if station.place == furthest_behind), key=lambda each: each.rank)
+    return sorted((station for station in working if station.place == furthest_behind), key=lambda each: each.rank)
+
+
+def stalled_for_long(stations: Sequence[Station], now: float, timeouts: Timeouts) -> list[Station]:
+    """The ranks that are to be named in the log, because they are in the midst of steps and none of them goes on."""
+    last = [station for station in laggards(stations) if station.phase.has_step]
+    if not last or now - max(station.changed_at for station in last) <= timeouts.stall_warning_s:
+        return []
+    return [station for station in last if not station.warned]
+
+
+def _stalled(behind: Sequence[Station], now: float, timeouts: Timeouts) -> Failure | None:
+    """Whether those that are furthest behind have not gone on for too long."""
     if not behind:
         return None
     last = max(behind, key=lambda station: station.changed_at)
@@ -200,4 +253,5 @@ def _stalled(working: Sequence[Station], now: float, timeouts: Timeouts) -> Fail
         f"this rank has been in phase '{last.phase.value}'{at} for {stalled_s:.0f} s without going on{so_have}. "
         f"Setting: Timeouts.{setting}",
         *last.whereabouts,
+        log_tail=last.stack,
     )

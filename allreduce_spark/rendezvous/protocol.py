@@ -60,6 +60,7 @@ class Phase(str, Enum):
     SLOTS = "slots"
     START = "start"
     SPOOL = "spool"
+    RESTART = "restart"
     JOIN = "join"
     IMPORT = "import"
     INIT = "init"

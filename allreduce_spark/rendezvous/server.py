@@ -4,10 +4,12 @@
 thread, and what decides is in `group`. Promises:
 
 * Every agent that has connected gets, exactly once, either `finish` or `abort`.
+* After a failure that may pass, all agents get `restart`, and their ranks form a new generation (`recovery.Restarts` decides).
+  What is still on its way from an earlier generation is not heard any more.
 * The failure that is reported is the first that is not the effect of another one (`group.first_cause`).
 * Nobody is waited for without a deadline (`config.Timeouts`).
 
-Not promised: that a fit survives a failure. The group is given up as a whole.
+Not promised: that a barrier stage survives the loss of an agent. Then the stage is given up as a whole (`stage_is_lost`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from allreduce_spark.config import Timeouts
@@ -30,14 +32,17 @@ from allreduce_spark.rendezvous.gate import Gate, Guest
 from allreduce_spark.rendezvous.group import (
     Failure,
     Join,
+    ShardReport,
     Station,
     add_failure,
     first_cause,
     form_group,
     nodes_of,
     overdue,
+    stalled_for_long,
 )
 from allreduce_spark.rendezvous.protocol import Message, Phase
+from allreduce_spark.rendezvous.recovery import Restarts, place_of
 
 __all__ = ["Rendezvous"]
 
@@ -54,6 +59,7 @@ class _Agent:
     def __init__(self, guest: Guest) -> None:
         self.guest, self.send = guest, guest.send
         self.station: Station | None = None
+        self.is_gone = False
 
 
 class Rendezvous:
@@ -65,10 +71,16 @@ class Rendezvous:
         timeouts: Deadlines.
         approve: Called with all `Join`s, in rank order, before any rank starts; returns fields that every agent gets with
             its membership, or raises an `AllReduceSparkError` that ends the fit.
+        restarts: How often ranks may be started again.
+        resume: Called with all `Join`s each time before ranks start; returns what they are to go on from, for every agent, or
+            None for the beginning.
         on_progress: Called in the rendezvous thread with each progress report of the root and each change of phase.
         on_result: Called in the rendezvous thread with each piece of the root's result, in order.
+        on_saved: Called in the rendezvous thread with a rank, and what it says of a checkpoint.
+        on_restart: Called in the rendezvous thread with the cause, before the ranks are started again: the pieces of a result
+            that have come count no more.
 
-    What one of these three raises ends the fit.
+    What one of these raises ends the fit.
     """
 
     def __init__(
@@ -78,12 +90,22 @@ class Rendezvous:
         timeouts: Timeouts,
         *,
         approve: Callable[[Sequence[Join]], dict[str, Any]],
+        restarts: Restarts | None = None,
+        resume: Callable[[Sequence[Join]], dict[str, Any] | None] = lambda joins: None,
         on_progress: Callable[[dict[str, Any]], object] = lambda fields: None,
         on_result: Callable[[bytes], object] = lambda piece: None,
+        on_saved: Callable[[int, dict[str, Any]], object] = lambda rank, fields: None,
+        on_restart: Callable[[Failure], object] = lambda cause: None,
     ) -> None:
         self._num_ranks, self._timeouts = num_ranks, timeouts
         self._gate = Gate(key, num_ranks, self._attend)
         self._approve, self._show_progress, self._keep_result = approve, on_progress, on_result
+        self._restarts, self._resume, self._note_saved, self._note_restart = (
+            restarts or Restarts(0),
+            resume,
+            on_saved,
+            on_restart,
+        )
         self._handlers: dict[str, Callable[..., None]] = {
             "hello": self._on_hello,
             "heartbeat": self._on_heartbeat,
@@ -94,7 +116,13 @@ class Rendezvous:
             "result": self._on_result,
             "failed": self._on_failed,
             "done": self._on_done,
+            "saved": self._on_saved,
+            "stack": self._on_stack,
         }
+        self._generation = 0
+        self._approved: dict[str, Any] | None = None
+        self._settling: asyncio.TimerHandle | None = None
+        self._refusal = ""
         self._agents: dict[int, _Agent] = {}
         self._failures: list[Failure] = []
         self._keys: pmi.KeySpace | None = None
@@ -106,7 +134,6 @@ class Rendezvous:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="allreduce-spark-rendezvous", daemon=True)
         self.address: tuple[str, int] | None = None
-        self.result: dict[str, Any] | None = None
 
     def start(self, host: str) -> tuple[str, int]:
         """Listen on a free port of `host` and return the address.
@@ -137,7 +164,20 @@ class Rendezvous:
     @property
     def failure(self) -> Failure | None:
         """What ended the fit, or None where it has not failed."""
-        return first_cause(self._failures) if self._failures else None
+        if not self._failures:
+            return None
+        cause = first_cause(self._failures)
+        return replace(cause, cause=f"{cause.cause}\n({self._refusal})") if self._refusal else cause
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(epoch, step) of the rank that has come furthest."""
+        return place_of(self._stations())
+
+    @property
+    def stage_is_lost(self) -> bool:
+        """Whether it failed because an agent is gone, so that another barrier stage may do better."""
+        return any(failure.stage_lost for failure in self._failures)
 
     def fail(self, failure: Failure) -> None:
         """End the fit, from any thread. Only the first cause counts."""
@@ -190,6 +230,7 @@ class Rendezvous:
         else:
             self._lost(agent, "its connection to the driver ended")
         finally:
+            agent.is_gone = True
             self._connected -= 1
             if not self._connected:
                 self._deserted.set()
@@ -200,6 +241,8 @@ class Rendezvous:
                 agent.station.heard_at = time.monotonic()
             if message.kind not in self._handlers:
                 raise ProtocolError(f"an agent sent a message of unknown kind {message.kind!r}")
+            if message.fields.pop("generation", self._generation) != self._generation:
+                continue  # said before it knew that the ranks are started again
             try:
                 self._handlers[message.kind](agent, message, **message.fields)
             except (TypeError, ValueError, KeyError) as error:
@@ -225,22 +268,27 @@ class Rendezvous:
         if station.rank == 0 and station.phase is not before:
             self._call(self._show_progress, {"phase": station.phase.value})
 
-    def _on_join(self, agent: _Agent, message: Message, **fields: Any) -> None:
+    def _on_join(
+        self, agent: _Agent, message: Message, *, host_key: str, shards: list[dict[str, Any]], saved: list[str]
+    ) -> None:
         station = _station(agent)
-        station.join = Join(rank=station.rank, host=station.host, **fields)
+        reports = tuple(ShardReport(**shard) for shard in shards)
+        station.join = Join(station.rank, station.host, host_key, reports, tuple(map(str, saved)))
         self._move(station, Phase.JOIN)
         joins = [other.station.join for _, other in sorted(self._agents.items()) if other.station]
         if len(joins) == self._num_ranks and all(joins):
             self._open_generation([join for join in joins if join is not None])
 
     def _open_generation(self, joins: list[Join]) -> None:
-        approved = self._call(self._approve, joins)
-        if approved is None:
-            return  # It has raised, or the fit had failed before.
+        if self._approved is None:
+            self._approved = self._call(self._approve, joins)
+        resume = self._call(self._resume, joins)
+        if self._approved is None or self._failures:
+            return  # One of them has raised, or the fit had failed before.
         name = f"allreduce_spark-{secrets.token_hex(8)}"
         self._keys = pmi.KeySpace(name, self._num_ranks, pmi.process_mapping(nodes_of(joins)))
-        for membership, agent in zip(form_group(joins, 0, name), self._ranked(), strict=True):
-            agent.send("member", membership=asdict(membership), approved=approved)
+        for membership, agent in zip(form_group(joins, self._generation, name), self._ranked(), strict=True):
+            agent.send("member", membership=asdict(membership), approved=self._approved, resume=resume)
             self._move(_station(agent), Phase.IMPORT)
 
     def _on_pmi(self, agent: _Agent, message: Message, *, line: str) -> None:
@@ -271,19 +319,24 @@ class Rendezvous:
             self._move(station, Phase.RESULT)  # A heartbeat that says so may have to wait until all pieces are sent.
             self._call(self._keep_result, message.body)
 
+    def _on_saved(self, agent: _Agent, message: Message, **fields: Any) -> None:
+        self._call(self._note_saved, _station(agent).rank, fields)
+
+    def _on_stack(self, agent: _Agent, message: Message) -> None:
+        _station(agent).stack = tuple(message.body.decode(errors="replace").split("\n"))
+
     def _on_failed(self, agent: _Agent, message: Message, **fields: Any) -> None:
         station = _station(agent)
         fields["log_tail"] = tuple(fields.get("log_tail", ()))
         known = dict(zip(("rank", "host", "phase", "epoch", "step"), station.whereabouts, strict=True))
-        failure = Failure(**{**known, **fields})
+        # Before it has joined, its rows are not all on disk, and cannot be read a second time in this stage.
+        lost = fields.get("error") == "RankDied" and station.join is None and self._generation == 0
+        failure = Failure(**{**known, "stage_lost": lost, **fields})
         station.done = True
         self._fail(failure)
 
-    def _on_done(self, agent: _Agent, message: Message, **fields: Any) -> None:
-        station = _station(agent)
-        station.done = True
-        if station.rank == 0:
-            self.result = fields
+    def _on_done(self, agent: _Agent, message: Message) -> None:
+        _station(agent).done = True
         # An agent that is lost is done as well, so a failure that waits for its cause must not look like success.
         everybody = len(self._agents) == self._num_ranks and all(_station(other).done for other in self._ranked())
         if everybody and not self._failures:
@@ -302,15 +355,16 @@ class Rendezvous:
                 f"the agent is gone ({why}): its executor or Python worker died, or the task was killed",
                 *station.whereabouts,
                 consequence=True,
+                stage_lost=True,
             )
         )
 
-    def _call(self, callback: Callable[..., Any], argument: Any) -> Any:
+    def _call(self, callback: Callable[..., Any], *arguments: Any) -> Any:
         """Tell the code that made this rendezvous something. What it raises ends the fit; afterwards it is told no more."""
         if self._failures:
             return None
         try:
-            return callback(argument)
+            return callback(*arguments)
         except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is: the fit would hang if nobody heard of it
             self._fail(_failure_on_driver(error))
             return None
@@ -320,17 +374,42 @@ class Rendezvous:
             return
         known, self._failures = self._failures, add_failure(self._failures, failure)
         if not first_cause(self._failures).consequence:
-            self._spread_failure()
+            self._settle()
         elif not known:
-            self._loop.call_later(GRACE_S, self._spread_failure)
+            self._settling = self._loop.call_later(GRACE_S, self._settle)
 
-    def _spread_failure(self) -> None:
+    def _settle(self) -> None:
+        """The cause is known: start the ranks again, or end the fit."""
         if self._finished.is_set():
             return
+        if self._settling is not None:
+            self._settling.cancel()
         cause = first_cause(self._failures)
+        here = [agent for agent in self._agents.values() if not agent.is_gone]
+        if not self.stage_is_lost and len(here) == self._num_ranks:
+            refusal = self._restarts.refusal(self._failures, place_of(self._stations()))
+            if refusal is None:
+                self._restart(cause)
+                return
+            self._refusal = refusal
         for agent in self._agents.values():
             agent.send("abort", cause=cause.cause[:4096])
         self._finished.set()
+
+    def _restart(self, cause: Failure) -> None:
+        """Open a new generation: the agents kill their ranks, start others, and join again."""
+        self._generation += 1
+        rank_log.warning(
+            "rank %s on %s failed in phase '%s' at epoch %s, step %s: %s. All ranks are started again (generation %d).",
+            cause.rank, cause.host, cause.phase, cause.epoch, cause.step, cause.cause.strip(), self._generation,
+        )  # fmt: skip
+        self._failures, self._keys, now = [], None, time.monotonic()
+        self._call(self._note_restart, cause)
+        for rank, agent in self._agents.items():
+            host = _station(agent).host
+            agent.station = Station(rank, host, heard_at=now, changed_at=now, phase=Phase.RESTART)
+            agent.send("restart", generation=self._generation, cause=cause.cause[:4096])
+        self._call(self._show_progress, {"phase": Phase.RESTART.value})
 
     async def _watch(self) -> None:
         try:
@@ -338,12 +417,26 @@ class Rendezvous:
                 await asyncio.sleep(self._timeouts.heartbeat_s)
                 for agent in self._agents.values():
                     agent.send("heartbeat")
-                stations = [_station(agent) for agent in self._agents.values()]
-                late = overdue(stations, self._num_ranks, self._started_at, time.monotonic(), self._timeouts)
+                stations, now = self._stations(), time.monotonic()
+                for station in stalled_for_long(stations, now, self._timeouts):
+                    self._warn_of(station, now)
+                late = overdue(stations, self._num_ranks, self._started_at, now, self._timeouts)
                 if late is not None:
                     self._fail(late)
         except Exception as error:  # noqa: BLE001  without the watch, no deadline would hold
             self._fail(_failure_on_driver(error))
+
+    def _warn_of(self, station: Station, now: float) -> None:
+        """Name a rank that does not go on, and ask its agent for what the rank is doing."""
+        station.warned = True
+        rank_log.warning(
+            "rank %d on %s has been at epoch %d, step %d for %.0f s; the others wait for it",
+            station.rank, station.host, station.epoch, station.step, now - station.changed_at,
+        )  # fmt: skip
+        self._agents[station.rank].send("dump")
+
+    def _stations(self) -> list[Station]:
+        return [_station(agent) for agent in list(self._agents.values())]
 
     def _ranked(self) -> list[_Agent]:
         return [agent for _, agent in sorted(self._agents.items())]

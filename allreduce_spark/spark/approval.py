@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import RowSpec, common_spec
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.rendezvous.group import Join, shards_of
 from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.checks import check_inputs, check_labels
 
@@ -36,10 +36,11 @@ def approve(
         DataError: There are no rows to train or to validate on, or the rows differ, or do not fit the model.
         ConfigError: The settings do not go with such rows.
     """
-    rows = tuple(join.rows for join in joins)
-    _check_counts(rows, sum(join.validation_rows for join in joins) if with_validation_data else None, config)
-    spec = _agreed_spec({join.rank: join.spec for join in joins})
-    validation_spec = _agreed_spec({join.rank: join.validation_spec for join in joins})
+    shards = shards_of(joins)
+    rows = tuple(shard.rows for shard in shards)
+    _check_counts(rows, sum(shard.validation_rows for shard in shards) if with_validation_data else None, config)
+    spec = _agreed_spec({shard.shard: shard.spec for shard in shards})
+    validation_spec = _agreed_spec({shard.shard: shard.validation_spec for shard in shards})
     assert spec is not None  # there are rows
     check_labels(model, spec)
     check_inputs(model, spec)
@@ -68,10 +69,10 @@ def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: Fi
 
 
 def _agreed_spec(specs: dict[int, str | None]) -> RowSpec | None:
-    """The spec of all shards that have rows, by rank; None where none has."""
+    """The spec of all shards that have rows, by number; None where none has."""
     agreed: tuple[RowSpec, str] | None = None
-    for rank, text in specs.items():
+    for shard, text in specs.items():
         if text is not None:
-            spec, name = RowSpec.from_json(text), f"the rows of rank {rank}"
+            spec, name = RowSpec.from_json(text), f"the rows of rank {shard}"
             agreed = (common_spec(agreed[0], spec, (agreed[1], name)) if agreed else spec, name)
     return agreed[0] if agreed else None

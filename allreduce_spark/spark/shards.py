@@ -38,6 +38,7 @@ __all__ = [
     "map_batches",
     "scalar_columns",
     "select_columns",
+    "shards_for",
     "shards_of",
 ]
 
@@ -97,8 +98,10 @@ def columns_of(features: str | Sequence[str], label: str | Sequence[str], weight
     return Columns(names("features_col", features), names("label_col", label), weight)
 
 
-def shards_of(context: SparkContext, data: Any, validation: Any, columns: Columns, num_ranks: int) -> RDD[bytes]:
-    """The rows of every rank as blocks, in the partition with the rank's number.
+def shards_of(
+    context: SparkContext, data: Any, validation: Any, columns: Columns, num_ranks: int
+) -> RDD[tuple[int, bytes]]:
+    """The rows as pairs (number of the shard, block), every shard in the partition with its number.
 
     Args:
         data: An RDD of (x, y[, sample_weight]), a DataFrame, or arrays (x, y[, sample_weight]).
@@ -124,7 +127,14 @@ def shards_of(context: SparkContext, data: Any, validation: Any, columns: Column
         part if isinstance(part, RDD) else context.parallelize(part, -(-len(part) // BLOCKS_PER_SLICE))
         for part in pairs.values()
     ]
-    return context.union(rdds).partitionBy(num_ranks, _own_number).values()
+    return context.union(rdds).partitionBy(num_ranks, _own_number)
+
+
+def shards_for(shards: RDD[tuple[int, bytes]], num_shards: int, num_ranks: int) -> RDD[tuple[int, bytes]]:
+    """The same pairs in one partition per rank: rank r of fewer than there are shards has shards r, r + num_ranks, ..."""
+    if num_ranks == num_shards:
+        return shards
+    return shards.partitionBy(num_ranks, partial(_rank_of, num_ranks=num_ranks))
 
 
 def blocks_of(context: SparkContext, data: Any, columns: Columns, num_slices: int) -> RDD[bytes]:
@@ -284,6 +294,10 @@ def _own_number(shard: int) -> int:
     return shard
 
 
+def _rank_of(shard: int, *, num_ranks: int) -> int:
+    return shard % num_ranks
+
+
 def _by_shard(pairs: Sequence[tuple[int, bytes]], num_ranks: int) -> list[list[bytes]]:
     shards: list[list[bytes]] = [[] for _ in range(num_ranks)]
     for shard, block in pairs:
@@ -291,8 +305,12 @@ def _by_shard(pairs: Sequence[tuple[int, bytes]], num_ranks: int) -> list[list[b
     return shards
 
 
-def _one_slice_per_rank(context: SparkContext, shards: list[list[bytes]]) -> RDD[bytes]:
+def _one_slice_per_rank(context: SparkContext, shards: list[list[bytes]]) -> RDD[tuple[int, bytes]]:
     """Without a shuffle: Spark cuts a list into equal slices, so equally many blocks per rank, some empty, are one slice."""
     columns = list(zip_longest(*shards, fillvalue=b"")) or [(b"",) * len(shards)]
-    blocks = [block for shard in zip(*columns, strict=True) for block in shard]
-    return context.parallelize(blocks, len(shards)).filter(bool)
+    pairs = [(number, block) for number, shard in enumerate(zip(*columns, strict=True)) for block in shard]
+    return context.parallelize(pairs, len(shards)).filter(_has_block)
+
+
+def _has_block(pair: tuple[int, bytes]) -> bool:
+    return bool(pair[1])

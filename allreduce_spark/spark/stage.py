@@ -34,15 +34,18 @@ __all__ = [
     "check_cluster",
     "count_slots",
     "driver_addresses",
+    "error_of",
     "error_of_job",
     "missing_module",
     "run_stage",
+    "wait_for_slots",
 ]
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 LOOK_S = 0.5  # at which stages run
+REGROUP_S = 3.0
 LEAVE_S = 1.0  # agents kill their ranks and leave within a few milliseconds
 
 
@@ -51,6 +54,7 @@ class StageTask:
     """What all barrier tasks of a stage have in common."""
 
     num_ranks: int
+    num_shards: int
     address: tuple[str, int]
     key: bytes = field(repr=False)
     timeouts: Timeouts
@@ -112,6 +116,28 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
     return num_ranks or slots
 
 
+def wait_for_slots(context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts) -> int:
+    """How many ranks the next stage may have, after machines were lost.
+
+    A cluster manager may start executors anew; `REGROUP_S` is waited for all of the slots, `slots_s` for the least of them.
+
+    Raises:
+        ConfigError: There are not enough.
+    """
+    started = time.monotonic()
+    while (slots := count_slots(context)) < wanted:
+        waited = time.monotonic() - started
+        if slots >= at_least and waited > REGROUP_S:
+            return slots
+        if waited > timeouts.slots_s:
+            raise ConfigError(
+                f"after machines were lost there are {slots} slots, and at least min_ranks={at_least} are needed; waited "
+                f"{waited:.0f} s for executors to return. Setting: Timeouts.slots_s"
+            )
+        time.sleep(POLL_S)
+    return wanted
+
+
 def _use_this_python(context: SparkContext) -> None:
     """On one machine, let workers run the Python that runs this: the `python3` of the PATH may be another environment."""
     if _is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
@@ -134,25 +160,23 @@ def driver_addresses(context: SparkContext) -> tuple[str, str]:
 
 def run_stage(
     context: SparkContext,
-    shards: RDD[bytes],
+    shards: RDD[tuple[int, bytes]],
     rendezvous: Rendezvous,
     task: StageTask,
     on_wait: Callable[[], None],
-) -> dict[str, Any]:
+) -> Failure | None:
     """Run one agent per partition of `shards` until the rendezvous knows the outcome.
 
     Args:
-        shards: The blocks of each rank's rows, one partition per rank.
+        shards: Pairs (number of the shard, block), one partition per rank.
         rendezvous: Started.
         task: What the agents are told.
         on_wait: Called many times a second, in this thread; draws the progress bar.
 
     Returns:
-        What the root reported at its end.
+        The first cause of a failure; `error_of` makes an exception of it. None after a success.
 
     Raises:
-        RankFailedError, DataError, ...: The first cause of a failure.
-        CancelledError: The job was cancelled from outside.
         KeyboardInterrupt: Ctrl-C. All ranks are dead by then.
     """
     tag = f"allreduce_spark-{secrets.token_hex(4)}"
@@ -175,13 +199,10 @@ def run_stage(
             job.cancel()  # for agents that are deep in Spark, reading rows, and do not listen
         if not job.join(task.timeouts.teardown_s):
             log.warning("the Spark job of the fit has not ended %.0f s after its ranks", task.timeouts.teardown_s)
-    if rendezvous.failure is not None:
-        raise _error_of(rendezvous.failure)
-    assert rendezvous.result is not None
-    return rendezvous.result
+    return rendezvous.failure
 
 
-def _be_agent(task: StageTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[Any]:
     """The body of a barrier task."""
     context = BarrierTaskContext.get()
     rank = context.partitionId()
@@ -190,6 +211,7 @@ def _be_agent(task: StageTask, blocks: Iterable[bytes]) -> Iterator[Any]:
     agent = AgentTask(
         rank=rank,
         num_ranks=task.num_ranks,
+        shards=tuple(range(rank, task.num_shards, task.num_ranks)),
         address=task.address,
         key=task.key,
         timeouts=task.timeouts,
@@ -268,7 +290,9 @@ class _Queue:
 def _failure_of_job(error: Exception | None) -> Failure:
     """What it means that the Spark job ended before the rendezvous knew the outcome."""
     if error is None:
-        return Failure("StageEnded", "the barrier stage ended, but not all ranks have reported that they are done")
+        return Failure(
+            "StageEnded", "the barrier stage ended, but not all ranks have reported that they are done", stage_lost=True
+        )
     text = _without_java_frames(str(error))
     cancelled = re.search(r"Job \d+ cancelled.*", text)
     if cancelled:
@@ -278,12 +302,14 @@ def _failure_of_job(error: Exception | None) -> Failure:
         return Failure("MissingDependencyError", missing)
     # Where a worker or an executor died, its agent's connection has told so before, with rank and step.
     died = re.search("Python worker exited unexpectedly|ExecutorLostFailure", text) is not None
-    return Failure("SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died)
+    return Failure(
+        "SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died, stage_lost=died
+    )
 
 
 def error_of_job(error: Exception) -> AllReduceSparkError:
     """What the error of a Spark job means where the job had no ranks: it was cancelled, say, or code of the user raised."""
-    return _error_of(_failure_of_job(error))
+    return error_of(_failure_of_job(error))
 
 
 def missing_module(error: Exception) -> str | None:
@@ -304,7 +330,7 @@ def _without_java_frames(text: str) -> str:
     return "\n".join(lines).strip()
 
 
-def _error_of(failure: Failure) -> AllReduceSparkError:
+def error_of(failure: Failure) -> AllReduceSparkError:
     """The exception for a failure: errors of this library as they are, everything else as RankFailedError."""
     kind = getattr(errors, failure.error, None) if failure.error in errors.__all__ else None
     if kind in (errors.DataError, ConfigError, CancelledError, errors.MissingDependencyError):

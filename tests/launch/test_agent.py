@@ -12,6 +12,7 @@ import pytest
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.group import Failure
+from allreduce_spark.rendezvous.recovery import Restarts
 
 # Killing takes milliseconds; the rest is for a machine that is busy with other things.
 SOON_S = 10.0
@@ -37,7 +38,6 @@ def test_a_fit_brings_the_result_of_the_root_to_the_driver_and_leaves_nothing(cl
     clean_fit.start("finishes", "finishes")
     assert clean_fit.end() is None
     assert clean_fit.result == b"the result of the root"
-    assert clean_fit.rendezvous.result == {"rank": 0}
     assert {"epoch": 0, "steps_done": 1} in clean_fit.progress
     assert clean_fit.agent_errors() == ["", ""]
     assert [agent.returncode for agent in clean_fit.agents] == [0, 0]
@@ -49,7 +49,7 @@ def test_a_rank_without_rows_takes_part(clean_fit):
         "finishes",
         "finishes",
         rows=["none", "three"],
-        approve=lambda joins: {"spec": rows.append([join.rows for join in joins])},
+        approve=lambda joins: {"spec": rows.append([join.shards[0].rows for join in joins])},
     )
     assert clean_fit.end() is None
     assert rows == [[0, 3]]
@@ -86,7 +86,7 @@ def test_what_a_rank_prints_while_it_is_imported_is_read_in_the_end(clean_fit):
 def test_temporary_files_of_a_rank_are_gone_with_its_folder(clean_fit):
     clean_fit.start("writes_a_temporary_file")
     assert clean_fit.end() is None
-    path = Path(clean_fit.rendezvous.result["path"])
+    path = Path(next(fields["path"] for fields in clean_fit.progress if "path" in fields))
     assert path.is_relative_to(clean_fit.disk)
     assert not path.exists()
 
@@ -360,3 +360,51 @@ def test_a_result_that_nobody_can_keep_any_more_is_not_sent_to_its_end(clean_fit
     clean_fit.start("has_a_large_result 200", on_result=full_disk)
     failure = clean_fit.end()
     assert (failure.error, failure.rank) == ("OSError", None)
+
+
+# Other generations
+
+
+def test_after_the_death_of_a_rank_all_are_started_again_and_the_fit_succeeds(clean_fit, caplog):
+    caplog.set_level(logging.INFO)
+    causes = []
+    clean_fit.start("survives 2", "survives 2", restarts=Restarts(1), on_restart=causes.append)
+    assert clean_fit.end() is None
+    assert clean_fit.result == b"the result of the root"
+    assert [(cause.error, cause.rank, cause.epoch, cause.step) for cause in causes] == [
+        ("RankDied", 1, 2, 8),
+        ("RankDied", 1, 2, 9),
+    ]
+    assert clean_fit.agent_errors() == ["", ""]
+    for generation in range(3):
+        assert f"[rank 1 on {causes[0].host}] generation {generation}" in caplog.messages
+
+
+def test_ranks_that_come_no_further_are_not_started_for_ever(clean_fit):
+    clean_fit.start("dies", "trains", restarts=Restarts(2))
+    failure = clean_fit.end()
+    assert (failure.error, failure.rank) == ("RankDied", 0)
+    assert "started again 2 times and came no further (max_restarts=2)" in failure.cause
+
+
+def test_an_error_that_comes_again_at_the_same_step_is_the_users(clean_fit):
+    clean_fit.start("always_fails", "trains", restarts=Restarts(5))
+    failure = clean_fit.end()
+    assert failure.error == "ValueError"
+    assert "a label of 11" in failure.cause
+    assert "the same error came at the same step again" in failure.cause
+
+
+def test_the_loss_of_an_agent_ends_the_stage_whatever_restarts_are_allowed(fit):
+    fit.start("trains", "trains", restarts=Restarts(5))
+    fit.wait_for_training()
+    fit.agents[1].kill()
+    failure = fit.end()
+    assert (failure.error, failure.rank) == ("AgentLost", 1)
+    assert fit.rendezvous.stage_is_lost
+
+
+def test_a_rank_that_dies_while_another_agent_still_reads_rows_is_started_again(clean_fit):
+    clean_fit.start("exits_at_first", "finishes", rows=["three", "slow"], restarts=Restarts(1))
+    assert clean_fit.end() is None
+    assert clean_fit.result == b"the result of the root"

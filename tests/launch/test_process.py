@@ -62,7 +62,7 @@ def test_a_rank_reports_and_ends(start):
     rank = start("finishes")
     rank.channel.send("start", **MEMBERSHIP)
     message = rank.channel.receive(60)
-    assert (message.kind, message.fields) == ("done", {"rank": 1})
+    assert (message.kind, message.fields) == ("done", {})
     wait_for_end(rank)
     assert rank.has_ended()
     assert rank.how_it_ended() == "the rank process ended with exit code 0 before its work was done"

@@ -32,7 +32,7 @@ class FakeAgent:
         self.connection.send(kind, body, **fields)
 
     def join(self, host_key: str = "machine", rows: int = 10) -> None:
-        self.say("join", host_key=host_key, rows=rows, validation_rows=0, spec=None, validation_spec=None)
+        self.say("join", host_key=host_key, shards=[{"shard": self.rank, "rows": rows}], saved=[])
 
     def at(self, phase: str, epoch: int = 0, step: int = 0) -> None:
         self.say("heartbeat", phase=phase, epoch=epoch, step=step)

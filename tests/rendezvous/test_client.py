@@ -217,7 +217,7 @@ def test_hearing_the_driver_is_noted(pair):
 def test_heartbeats_say_where_the_rank_is_until_the_connection_is_closed(pair):
     connection, driver = pair
     steps = iter(range(10**6))
-    connection.start_heartbeats(0.02, lambda: ("train", 1, next(steps)))
+    connection.start_heartbeats(0.02, lambda: {"phase": "train", "epoch": 1, "step": next(steps)})
     beats = [driver.receive(20).fields for _ in range(3)]
     assert beats == [{"phase": "train", "epoch": 1, "step": step} for step in range(3)]
     threading.Timer(0.1, driver.close).start()

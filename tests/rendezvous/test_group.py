@@ -10,6 +10,7 @@ from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.group import (
     Failure,
     Join,
+    ShardReport,
     Station,
     add_failure,
     first_cause,
@@ -38,7 +39,11 @@ def late(*stations: Station, num_ranks: int | None = None, started: float = 0.0)
 
 
 def test_every_rank_learns_its_place_and_the_rows_of_all():
-    joins = [Join(0, "a", "A", 5, 1), Join(1, "b", "B", 6), Join(2, "a", "A", 7)]
+    joins = [
+        Join(0, "a", "A", (ShardReport(0, 5, 1),)),
+        Join(1, "b", "B", (ShardReport(1, 6),)),
+        Join(2, "a", "A", (ShardReport(2, 7),)),
+    ]
     group = form_group(joins, generation=3, key_space="name")
     assert [(m.world.rank, m.world.node_rank, m.world.local_rank, m.world.local_size) for m in group] == [
         (0, 0, 0, 2),
@@ -51,8 +56,8 @@ def test_every_rank_learns_its_place_and_the_rows_of_all():
 
 
 def test_ranks_share_a_node_by_shared_memory_and_not_by_the_name_of_the_host():
-    same_name = [Join(0, "worker", "container-1", 1), Join(1, "worker", "container-2", 1)]
-    other_name = [Join(0, "one", "machine", 1), Join(1, "two", "machine", 1)]
+    same_name = [Join(0, "worker", "container-1", ()), Join(1, "worker", "container-2", ())]
+    other_name = [Join(0, "one", "machine", ()), Join(1, "two", "machine", ())]
     assert nodes_of(same_name) == [0, 1]
     assert nodes_of(other_name) == [0, 0]
 

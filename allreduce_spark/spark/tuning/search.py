@@ -208,7 +208,7 @@ def _share_to_hold_out(objective: str, share: float | None, validation_data: Any
 
 
 @contextlib.contextmanager
-def _read_once(shards: RDD[bytes]) -> Iterator[None]:
+def _read_once(shards: RDD[tuple[int, bytes]]) -> Iterator[None]:
     """Keep the rows on the executors' disks: all that is upstream of them in the user's Spark job runs once."""
     shards.persist(StorageLevel.DISK_ONLY)
     try:

@@ -43,7 +43,31 @@ def finishes(channel, folder, status):
         channel.send("progress", epoch=0, steps_done=1)
         (folder / "result").write_bytes(b"the result of the root")
     status.write(Phase.TEARDOWN)
-    channel.send("done", rank=world["rank"])
+    channel.send("done")
+
+
+def survives(channel, folder, status, deaths):
+    """Rank 1 dies in each generation before that one, in its first step or a step later each time; then all finish."""
+    from allreduce_spark.rendezvous.protocol import Phase
+
+    membership = start(channel, status).fields["membership"]
+    generation, rank = membership["generation"], membership["world"]["rank"]
+    say(f"generation {generation}")
+    if generation < int(deaths):
+        status.write(Phase.TRAIN, 2, 8 + generation)
+        if rank == 0:
+            (folder / "result").write_bytes(b"what nobody wants")
+            time.sleep(600)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 0:
+        (folder / "result").write_bytes(b"the result of the root")
+    channel.send("done")
+
+
+def always_fails(channel, folder, status):
+    start(channel, status)
+    raise ValueError("a label of 11")
 
 
 def has_a_large_result(channel, folder, status, megabytes):
@@ -71,10 +95,11 @@ def writes_a_temporary_file(channel, folder, status):
     """As TensorFlow does; and os._exit leaves it where it is."""
     import tempfile
 
-    message = start(channel, status)
+    start(channel, status)
     descriptor, path = tempfile.mkstemp(prefix="generated_", suffix=".py")
     os.write(descriptor, b"def generated(): ...")
-    channel.send("done", path=path, rank=message.fields["membership"]["world"]["rank"])
+    channel.send("progress", path=path)
+    channel.send("done")
 
 
 def dies(channel, folder, status):
@@ -94,6 +119,17 @@ def exits(channel, folder, status, code):
 
 def exits_before_the_start(channel, folder, status):
     say("no TensorFlow here")
+    os._exit(9)
+
+
+def exits_at_first(channel, folder, status):
+    """Once the shard is on disk, and before the ranks are let go; what is started in its place finishes."""
+    mark = folder / "was here"
+    if mark.exists():
+        finishes(channel, folder, status)
+        return
+    mark.touch()
+    time.sleep(1.5)
     os._exit(9)
 
 
