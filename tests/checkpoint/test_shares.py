@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from allreduce_spark.checkpoint import shares
+from allreduce_spark.checkpoint import share_format, shares
 from allreduce_spark.checkpoint.shares import ShareWriter, deal, held, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
@@ -185,7 +185,7 @@ def test_foreign_files_are_named_for_what_they_are(tmp_path):
         ({"version": "1", "dtypes": '{"a": "no such type"}', "about": "{}"}, "damaged"),
         ({"version": "1", "dtypes": "{}", "about": "[1]"}, "damaged"),
     ):
-        save_file({"a": np.zeros((3, 8), np.uint8)}, path, metadata={"format": shares.FORMAT, **metadata})
+        save_file({"a": np.zeros((3, 8), np.uint8)}, path, metadata={"format": share_format.FORMAT, **metadata})
         refused(path.read_bytes(), says)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_share(tmp_path / "nowhere")
@@ -228,6 +228,6 @@ def test_the_header_is_json_that_anybody_can_read(tmp_path):
     saved = save(ShareWriter(tmp_path, 0), "000000-00000001", 1.0)
     content = saved.path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    assert (8 + length) % shares.ALIGNMENT == 0
+    assert (8 + length) % share_format.ALIGNMENT == 0
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    assert metadata == {"format": shares.FORMAT, "version": "1", "dtypes": "{}", "about": '{"value": 1.0}'}
+    assert metadata == {"format": share_format.FORMAT, "version": "1", "dtypes": "{}", "about": '{"value": 1.0}'}
