@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from allreduce_spark.checkpoint import files
@@ -60,24 +58,6 @@ def test_a_file_elsewhere_is_put_and_fetched(memory, tmp_path, local):
     copy = fetch_file("mock://bucket/models/model.keras", tmp_path)
     assert copy == tmp_path / "model.keras"
     assert copy.read_bytes() == local.read_bytes()
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The URI of a folder in a bucket, of a server that speaks S3."""
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="models")
-    yield lambda name: f"s3://models/digits/{name}?endpoint_override={host}:{port}&scheme=http"
-    server.stop()
 
 
 def test_a_bucket_of_s3_holds_the_file_and_nothing_else(bucket, tmp_path, local):
