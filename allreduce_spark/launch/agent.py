@@ -28,6 +28,7 @@ from allreduce_spark.errors import AllReduceSparkError, ProtocolError, Rendezvou
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
 from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.protocol import Message, Phase
 from allreduce_spark.rendezvous.status import StatusPage
@@ -99,7 +100,10 @@ def _look_after_rank(task: AgentTask, blocks: Iterator[bytes], driver: Connectio
         driver.start_heartbeats(task.timeouts.heartbeat_s, lambda: place.read(status))
         for name, content in task.files.items():
             (folder / name).write_bytes(content)
-        with contextlib.closing(_start_rank(task, folder, driver.local_address)) as rank:
+        with (
+            contextlib.closing(_start_warm_process(task, folder, driver.local_address)) as warm,
+            contextlib.closing(warm.start_rank(task.rank, task.num_ranks)) as rank,
+        ):
             join = _spool(blocks, folder, driver, rank)
             if join is not None:
                 place.phase = Phase.JOIN
@@ -123,7 +127,7 @@ def _cause(error: Exception) -> str:
     return text[-CAUSE_CHARACTERS:]
 
 
-def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProcess:
+def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> WarmProcess:
     threads = thread_share(task.task_cpus, task.local_size)
     # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
     temporary = folder / "tmp"
@@ -134,7 +138,7 @@ def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProces
         gpus=task.gpus,
         extra={"TMPDIR": str(temporary), **mpi_environment(interface_of(local_address))},
     )
-    return RankProcess(task.rank, task.num_ranks, folder=folder, threads=threads, environment=environment)
+    return WarmProcess(folder, threads, environment)
 
 
 def _spool(blocks: Iterator[bytes], folder: Path, driver: Connection, rank: RankProcess) -> dict[str, Any] | None:
