@@ -60,7 +60,7 @@ class RankProcess:
         self._lifeline, self._warm, self._folder = lifeline, warm, folder
         self._process: tuple[int, int] | None = None  # its pid, and a real pidfd: see `_forked`
         self._exit_code: int | None = None
-        self._died_with_warm = False
+        self._died_with_warm = self._closed = False
         for descriptor in (output, pidfd, lifeline.fileno()):
             os.set_blocking(descriptor, False)
         self.tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -147,8 +147,11 @@ class RankProcess:
             self._exit_code = -signal.SIGKILL
 
     def close(self) -> None:
-        """Kill the rank if it still runs, and let go of everything."""
+        """Kill the rank if it still runs, and let go of everything. Closing twice is fine."""
+        if self._closed:
+            return
         self.kill()
+        self._closed = True
         self.channel.close()
         self.pmi.close()
         for descriptor in (self.pidfd, self.output, *(self._process or ())[1:]):
