@@ -22,7 +22,7 @@ import numpy as np
 from allreduce_spark.checkpoint.share_format import Array, Layout, Share, header_of, lay_out, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
-__all__ = ["Saved", "Share", "ShareWriter", "deal", "held", "read_share"]
+__all__ = ["Saved", "Share", "ShareWriter", "deal", "held", "local_shares", "read_share"]
 
 PIECE_BYTES = 4 << 20
 _SPARE = "spare-"
@@ -130,6 +130,11 @@ class ShareWriter:
             else:
                 spare.unlink()
         self._own.discard(path)
+
+
+def local_shares(folder: Path, rank: int) -> dict[str, Path]:
+    """The complete shares of a rank that lie in the folder of its `ShareWriter`, by the ids of their checkpoints."""
+    return {path.name.partition(".")[0]: path for path in folder.glob(f"[0-9]*.share-{rank}.safetensors")}
 
 
 @contextlib.contextmanager

@@ -19,15 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allreduce_spark.checkpoint.shares import local_shares
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
 from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
-from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.relay import Aborted, Place, Relay
 from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
@@ -50,6 +52,7 @@ class AgentTask:
         task_cpus: Cores that Spark counts for the task.
         gpus: Addresses of the GPUs that Spark gave to the task, or None.
         files: Files for the rank, by name: the model, and what goes with it.
+        store: Where checkpoints are kept; None where they stay on this machine.
     """
 
     rank: int
@@ -62,6 +65,7 @@ class AgentTask:
     task_cpus: int
     gpus: tuple[str, ...] | None
     files: dict[str, bytes] = field(repr=False)
+    store: str | None = None
 
 
 def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
@@ -93,14 +97,17 @@ def _look_after_rank(task: AgentTask, blocks: Iterator[tuple[int, bytes]], drive
         driver.start_heartbeats(task.timeouts.heartbeat_s, place.read)
         for name, content in task.files.items():
             (folder / name).write_bytes(content)
-        start_rank = partial(_start_rank, task, folder, driver.local_address)
-        reports: list[dict[str, Any]] = []
-        relay = Relay(task.rank, driver, start_rank, partial(_join, folder, reports), folder, place, task.timeouts)
-        with contextlib.closing(relay):
-            # If the rank has ended meanwhile, because it cannot import TensorFlow, say, nobody needs the rows any more.
-            if _spool(blocks, task.shards, folder, relay, reports):
-                relay.join()
-            relay.run()
+        with contextlib.closing(_start_warm_process(task, folder, driver.local_address)) as warm:
+            start_rank = partial(warm.start_rank, task.rank, task.num_ranks)
+            store = None if task.store is None else Store(task.store)
+            reports: list[dict[str, Any]] = []
+            join = partial(_join, task.rank, folder, reports)
+            relay = Relay(task.rank, driver, start_rank, join, folder, place, task.timeouts, store)
+            with contextlib.closing(relay):
+                # If the rank has ended meanwhile, because it cannot import TensorFlow, say, nobody needs the rows any more.
+                if _spool(blocks, task.shards, folder, relay, reports):
+                    relay.join()
+                relay.run()
 
 
 def _cause(error: Exception) -> str:
@@ -108,7 +115,7 @@ def _cause(error: Exception) -> str:
     return text[-CAUSE_CHARACTERS:]
 
 
-def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProcess:
+def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> WarmProcess:
     threads = thread_share(task.task_cpus, task.local_size)
     # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
     temporary = folder / "tmp"
@@ -119,7 +126,7 @@ def _start_rank(task: AgentTask, folder: Path, local_address: str) -> RankProces
         gpus=task.gpus,
         extra={"TMPDIR": str(temporary), **mpi_environment(interface_of(local_address))},
     )
-    return RankProcess(task.rank, task.num_ranks, folder=folder, threads=threads, environment=environment)
+    return WarmProcess(folder, threads, environment)
 
 
 def _spool(
@@ -162,9 +169,9 @@ def _spool(
     return True
 
 
-def _join(folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _join(rank: int, folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """What the driver must know before a rank may start."""
-    return {"host_key": host_key(), "shards": reports, "saved": []}
+    return {"host_key": host_key(), "shards": reports, "saved": sorted(local_shares(folder / "checkpoints", rank))}
 
 
 def _wait_for_the_end(driver: Connection, timeouts: Timeouts) -> None:

@@ -1,66 +1,68 @@
-"""The rank process, seen from its agent: started early, watched, killed, and leaving nothing behind."""
+"""The rank process, seen from its agent: watched, killed, and leaving nothing behind."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
-import sys
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 
 from allreduce_spark.communicator.mpich import shared_memory_segments
 from allreduce_spark.launch.scratch import note_shared_memory
-from allreduce_spark.rendezvous import pmi
 from allreduce_spark.rendezvous.client import Channel
+from allreduce_spark.training.forking import EXIT_CODE_BYTES, exit_code_from
 
 __all__ = ["RankProcess"]
 
 LOG_TAIL_LINES = 50
 LOG_LINE_CHARACTERS = 2000
 READ_BYTES = 1 << 20
+REAPED_S = 1.0
 
 
 class RankProcess:
-    """A child process that runs `allreduce_spark.training`.
-
-    It is started as early as possible, before the shard is on disk, because importing TensorFlow takes seconds. It must be
-    started from the agent's main thread: the rank asks the kernel to be killed with its parent (PR_SET_PDEATHSIG), and for
-    the kernel that is the thread that started it.
+    """A rank that `WarmProcess.start_rank` asked for. It may not have been forked yet.
 
     Attributes:
         channel: Messages to and from the rank.
         pmi: The agent's end of the rank's PMI connection; lines of text.
         output: File descriptor with what the rank prints.
-        pidfd: File descriptor that becomes readable when the rank has ended.
+        pidfd: File descriptor that becomes readable when the rank has ended: `Request.ending`, which there is before the
+            process, and which also tells how it ended.
         output_ended: Whether nothing can be printed any more.
         tail: The last lines that it printed.
     """
 
     def __init__(
-        self, rank: int, num_ranks: int, *, folder: Path, threads: int, environment: Mapping[str, str]
+        self,
+        channel: Channel,
+        pmi: socket.socket,
+        output: int,
+        lifeline: socket.socket,
+        pidfd: int,
+        *,
+        warm: subprocess.Popen[bytes],
+        folder: Path,
     ) -> None:
-        self._folder = folder
-        mine, theirs = socket.socketpair()
-        self.pmi, rank_pmi = socket.socketpair()
-        arguments = {"channel": theirs.fileno(), "parent": os.getpid(), "threads": threads, "folder": folder}
-        with theirs, rank_pmi:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "allreduce_spark.training", *(f"--{k}={v}" for k, v in arguments.items())],
-                env={**environment, **pmi.environment(rank, num_ranks, rank_pmi.fileno())},
-                pass_fds=[theirs.fileno(), rank_pmi.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        assert self._process.stdout is not None
-        self.channel = Channel(mine)
-        self.output = self._process.stdout.fileno()
-        os.set_blocking(self.output, False)
-        self.pidfd = os.pidfd_open(self._process.pid)
+        """Take over the agent's ends of what a `Request` holds.
+
+        Args:
+            channel, pmi, output, pidfd: As above.
+            lifeline: See `Request.lifeline`.
+            warm: The process that forks the rank.
+            folder: The agent's scratch folder.
+        """
+        self.channel, self.pmi, self.output, self.pidfd = channel, pmi, output, pidfd
+        self._lifeline, self._warm, self._folder = lifeline, warm, folder
+        self._process: tuple[int, int] | None = None  # its pid, and a real pidfd: see `_forked`
+        self._exit_code: int | None = None
+        self._died_with_warm = self._closed = False
+        for descriptor in (output, pidfd, lifeline.fileno()):
+            os.set_blocking(descriptor, False)
         self.tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self.output_ended = False
         self._unfinished = b""
@@ -85,36 +87,89 @@ class RankProcess:
 
     def note_shared_memory(self) -> None:
         """Write down which shared memory the rank uses now, so that it can be removed if the rank is killed."""
-        note_shared_memory(self._folder, shared_memory_segments(self._process.pid))
+        if process := self._forked():
+            note_shared_memory(self._folder, shared_memory_segments(process[0]))
+
+    def dump_stack(self) -> None:
+        """Have the rank print the Python stacks of all its threads. They come with its output, a moment later.
+
+        A rank that has not been forked yet waits for the import, so it is the warm process that prints.
+        """
+        if process := self._forked():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process[1], signal.SIGUSR1)
+        else:
+            self._warm.send_signal(signal.SIGUSR1)
 
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        if self._exit_code is None:
+            try:
+                ending = os.read(self.pidfd, EXIT_CODE_BYTES)
+            except BlockingIOError:
+                return False
+            if ending:
+                self._exit_code = exit_code_from(ending)
+            else:
+                # Only its death lets go of a rank without a word. It may still be at it.
+                self._died_with_warm = self._forked() is not None
+                self._warm.kill()
+                self._exit_code = self._warm.wait()
+        return True
 
     def how_it_ended(self) -> str:
         """For people; only after `has_ended`."""
-        code = self._process.returncode
+        code = self._exit_code
+        who = "the warm process, of which the rank was forked," if self._died_with_warm else "the rank process"
         if code is None or code >= 0:
-            return f"the rank process ended with exit code {code} before its work was done"
+            return f"{who} ended with exit code {code} before its work was done"
         try:
             name = signal.Signals(-code).name
         except ValueError:  # one of the many that have no name
             name = f"signal {-code}"
         hint = " (was the machine out of memory?)" if -code == signal.SIGKILL else ""
-        return f"the rank process was killed by {name}{hint}"
+        return f"{who} was killed by {name}{hint}"
 
     def kill(self) -> None:
-        """End the rank at once, whatever it is doing."""
+        """End the rank at once, whatever it is doing; if it has not been forked yet, it never will be."""
+        process = self._forked()
         if not self.has_ended():
             with contextlib.suppress(OSError):
                 self.note_shared_memory()
-            self._process.kill()
-            self._process.wait()
+        if process:
+            # Also where it has ended: if its warm process was killed, it may have a last moment to live.
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process[1], signal.SIGKILL)
+            _wait_for(process[1])
+            _wait_for(self.pidfd, REAPED_S)
+            self.has_ended()
+        self._lifeline.close()
+        if self._exit_code is None:
+            self._exit_code = -signal.SIGKILL
 
     def close(self) -> None:
-        """Kill the rank if it still runs, and let go of everything."""
+        """Kill the rank if it still runs, and let go of everything. Closing twice is fine."""
+        if self._closed:
+            return
         self.kill()
+        self._closed = True
         self.channel.close()
         self.pmi.close()
-        os.close(self.pidfd)
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        for descriptor in (self.pidfd, self.output, *(self._process or ())[1:]):
+            os.close(descriptor)
+
+    def _forked(self) -> tuple[int, int] | None:
+        """The rank's pid and pidfd, or None as long as it has not been forked."""
+        if self._process is None and self._lifeline.fileno() >= 0:
+            with contextlib.suppress(BlockingIOError, ConnectionError):
+                pid, descriptors, _, _ = socket.recv_fds(self._lifeline, 16, 1)
+                if pid:
+                    os.set_inheritable(descriptors[0], False)
+                    self._process = int(pid), descriptors[0]
+        return self._process
+
+
+def _wait_for(descriptor: int, timeout_s: float | None = None) -> None:
+    """Wait until there is something to read."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll(None if timeout_s is None else timeout_s * 1000)

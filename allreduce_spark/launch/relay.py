@@ -12,14 +12,18 @@ import selectors
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allreduce_spark.checkpoint.shares import local_shares
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ProtocolError, RendezvousError
 from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.scratch import release_shared_memory
-from allreduce_spark.rendezvous.client import Connection
+from allreduce_spark.launch.upload import upload_share
+from allreduce_spark.rendezvous.client import Channel, Connection
 from allreduce_spark.rendezvous.protocol import Message, Phase
 from allreduce_spark.rendezvous.status import StatusPage
 
@@ -77,6 +81,7 @@ class Relay:
         folder: The scratch folder; the root leaves its result there, as `result`.
         place: Where the rank is.
         timeouts: Deadlines.
+        store: Where the rank's shares of checkpoints are brought; None where they stay in the scratch folder.
     """
 
     def __init__(
@@ -88,9 +93,10 @@ class Relay:
         folder: Path,
         place: Place,
         timeouts: Timeouts,
+        store: Store | None = None,
     ) -> None:
         self._number, self._driver, self._start_rank, self._join = number, driver, start_rank, join
-        self._folder, self._place, self._timeouts = folder, place, timeouts
+        self._folder, self._place, self._timeouts, self._store = folder, place, timeouts, store
         self._rank = start_rank()
         self._forget_last_words()
         self._heard: deque[Message] = deque()  # from the driver, to be obeyed
@@ -174,6 +180,7 @@ class Relay:
             match message.kind:
                 case "member":
                     self._place.phase = None
+                    self._add_own_share(message.fields.get("resume"))
                     with contextlib.suppress(OSError):  # It has ended, and `_rank_ended` will say so.
                         self._rank.channel.send("start", **message.fields)
                 case "pmi":
@@ -187,6 +194,12 @@ class Relay:
                     self._stack_at = time.monotonic() + STACK_S
                 case "finish":
                     self._finished = True
+
+    def _add_own_share(self, resume: dict[str, Any] | None) -> None:
+        """Where the driver names a checkpoint and no places, it is one that all agents have on their disks."""
+        if resume is not None and "shares" not in resume:
+            path = local_shares(self._folder / "checkpoints", self._number)[resume["id"]]
+            resume["shares"] = {str(self._number): str(path)}
 
     def _begin_again(self, generation: int) -> None:
         """Let another rank take the place of this one, whatever it is doing."""
@@ -221,8 +234,19 @@ class Relay:
                     self._rank.kill()
                 else:
                     self._place.phase = Phase.RESULT  # what is left to do is to bring it to the driver
+            elif message.kind == "saved" and self._store is not None and "cause" not in message.fields:
+                generation = self._place.generation
+                uploaded = partial(self._uploaded, generation, self._rank.channel)
+                upload_share(self._store, self._number, generation, message.fields, uploaded)
             else:
                 self._tell(message.kind, message.body, **message.fields)
+
+    def _uploaded(self, generation: int, channel: Channel, fields: dict[str, Any]) -> None:
+        """Called in the thread of the upload."""
+        with contextlib.suppress(RendezvousError):  # The relay finds out.
+            self._driver.send("saved", generation=generation, **fields)
+        with contextlib.suppress(OSError):  # The rank has ended.
+            channel.send("uploaded")
 
     def _from_pmi(self) -> None:
         with contextlib.suppress(ConnectionError):

@@ -1,11 +1,14 @@
-"""The rank process: `python -m allreduce_spark.training`, started by an agent. Reports every failure to it, then ends."""
+"""The warm process: `python -m allreduce_spark.training`, started by an agent. It imports TensorFlow, then forks ranks.
+
+A rank reports every failure to its agent, that of the import included, then ends.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -14,25 +17,36 @@ import traceback
 from pathlib import Path
 
 from allreduce_spark.errors import AllReduceSparkError, CollectiveError
+from allreduce_spark.rendezvous import pmi
 from allreduce_spark.rendezvous.client import Channel
+from allreduce_spark.training.forking import die_with, fork_ranks
 
-PR_SET_PDEATHSIG = 1
 CAUSE_CHARACTERS = 20_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One rank. Not for people: the agent starts it.")
-    for name in ("channel", "parent", "threads"):
+    parser = argparse.ArgumentParser(description="Forks ranks. Not for people: the agent starts it.")
+    for name in ("control", "parent", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    _die_with(arguments.parent)
-    faulthandler.enable()
-    channel = Channel(socket.socket(fileno=arguments.channel))
+    die_with(arguments.parent)
+    _print_stacks_when_asked()
+    failure = None
     try:
-        # Here, not above: that this takes seconds is why the process is started early, and it may fail.
+        # Here, not above: that this takes seconds is why it is done ahead, and it may fail.
         from allreduce_spark.training.rank import run_rank
+    except BaseException as error:  # noqa: BLE001  # each rank reports it
+        failure = error
+    gc.freeze()  # What was imported stays: a rank that looks through it for garbage would copy every page of it.
 
+    request = fork_ranks(socket.socket(fileno=arguments.control))
+    # From here on this is a rank.
+    os.environ.update(pmi.environment(request.rank, request.num_ranks, request.pmi))
+    channel = Channel(socket.socket(fileno=request.channel))
+    try:
+        if failure is not None:
+            raise failure
         run_rank(channel, arguments.folder, arguments.threads)
     except BaseException as error:  # noqa: BLE001  # everything is reported, and ends the process
         traceback.print_exc()
@@ -47,11 +61,11 @@ def main() -> None:
     os._exit(code)
 
 
-def _die_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent dies, whatever the parent dies of."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)  # It died before we asked.
+def _print_stacks_when_asked() -> None:
+    """Print the Python stacks of all threads upon a crash, and upon SIGUSR1, which does no harm then. Ranks inherit this."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # blocked until now, because it would have killed
 
 
 def _cause(error: BaseException) -> str:

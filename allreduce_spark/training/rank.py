@@ -12,7 +12,6 @@ import keras
 import numpy as np
 
 from allreduce_spark.communicator.base import Communicator
-from allreduce_spark.communicator.mpi import open_mpi
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.shard import Shard
 from allreduce_spark.data.spec import RowSpec
@@ -46,6 +45,9 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     Raises:
         Exception: Whatever goes wrong; the caller reports it. The communicator is then not to be used any more.
     """
+    # Not above: MPI must not be loaded before a rank has been forked.
+    from allreduce_spark.communicator.mpi import open_mpi
+
     status = StatusPage(folder / "status")
     job = Job.read(folder)
     use_cores(threads)

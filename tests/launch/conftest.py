@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,18 @@ class Fit:
         return found
 
     def ranks(self) -> list[int]:
-        return [pid for pid, command in self.processes().items() if "-m allreduce_spark.training" in command]
+        return [pid for pid, name in self._names() if name.startswith("rank ")]
+
+    def warm_processes(self) -> list[int]:
+        """Those that fork the ranks: the same program, by another name."""
+        ranks = self.ranks()
+        commands = self.processes().items()
+        return [pid for pid, command in commands if "-m allreduce_spark.training" in command and pid not in ranks]
+
+    def _names(self) -> Iterator[tuple[int, str]]:
+        for pid in self.processes():
+            with contextlib.suppress(OSError):  # just gone
+                yield pid, Path(f"/proc/{pid}/comm").read_text()
 
     def wait_for_training(self) -> None:
         """Until all ranks are in the phase `train`."""

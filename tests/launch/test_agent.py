@@ -290,6 +290,15 @@ def test_an_agent_that_is_killed_takes_its_rank_with_it_and_is_named(fit):
     assert len(fit.folders()) == 1, "nobody could remove the folder of the dead agent; the next agent does"
 
 
+def test_the_end_of_a_warm_process_is_reported_as_that_of_its_rank(clean_fit):
+    clean_fit.start("trains_and_ignores_signals", "trains")
+    clean_fit.wait_for_training()
+    os.kill(clean_fit.warm_processes()[0], signal.SIGKILL)
+    failure = clean_fit.end()
+    assert (failure.error, failure.phase, failure.step) == ("RankDied", "train", 7)
+    assert "the warm process, of which the rank was forked, was killed by SIGKILL" in failure.cause
+
+
 def test_the_next_agent_on_the_machine_clears_up_after_a_dead_one(fit):
     fit.start("trains")
     fit.wait_for_training()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from allreduce_spark.launch.process import RankProcess
+from allreduce_spark.launch.warm import WarmProcess
+from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 
 LIGHT = Path(__file__).parent / "light"
@@ -21,19 +22,52 @@ MEMBERSHIP = {"membership": {"world": {"rank": 1}}}
 
 
 @pytest.fixture
-def start(tmp_path):
+def warm(tmp_path):
+    StatusPage(tmp_path / "status")
+    environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
+    with contextlib.closing(WarmProcess(tmp_path, 1, environment)) as one:
+        yield one
+
+
+@pytest.fixture
+def start(tmp_path, warm):
     """Start a rank of some behaviour."""
     with contextlib.ExitStack() as ranks:
 
         def make(behaviour: str) -> RankProcess:
             (tmp_path / "behaviour").write_text(behaviour)
-            StatusPage(tmp_path / "status")
-            environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
-            rank = RankProcess(1, 2, folder=tmp_path, threads=1, environment=environment)
+            rank = warm.start_rank(1, 2)
             ranks.enter_context(contextlib.closing(rank))
             return rank
 
         yield make
+
+
+def pid_of(rank: RankProcess) -> int:
+    """Its process, once it has been forked."""
+    deadline = time.monotonic() + 60
+    while not rank._forked():
+        assert time.monotonic() < deadline, "the rank is not forked"
+        time.sleep(0.001)
+    return rank._forked()[0]
+
+
+def wait_for_phase(rank: RankProcess, phase: Phase) -> None:
+    status = StatusPage(rank._folder / "status")
+    deadline = time.monotonic() + 60
+    while status.read()[0] is not phase:
+        assert time.monotonic() < deadline, f"the rank does not come to {phase}"
+        time.sleep(0.001)
+
+
+def wait_for_line(rank: RankProcess, part: str) -> str:
+    deadline = time.monotonic() + 60
+    while True:
+        for line in rank.read_output():
+            if part in line:
+                return line
+        assert time.monotonic() < deadline, f"the rank does not print {part!r}"
+        time.sleep(0.001)
 
 
 def wait_for_end(rank: RankProcess) -> None:
@@ -112,56 +146,68 @@ def test_reading_the_output_never_blocks(start):
 def test_how_a_rank_ended_is_said_for_every_signal(start, code, said):
     rank = start("trains")
     rank.kill()
-    rank._process.returncode = code
+    rank._exit_code = code
     assert said in rank.how_it_ended()
 
 
 def test_a_rank_that_ignores_signals_is_killed_at_once_and_closing_twice_kills_once(start):
     rank = start("trains_and_ignores_signals")
-    pid = rank._process.pid
+    pid = pid_of(rank)
     rank.kill()
     rank.kill()
     assert not is_alive(pid)
 
 
 def test_closing_leaves_no_descriptor_open(tmp_path, start):
+    start("trains").close()
     before = len(os.listdir("/proc/self/fd"))
-    (tmp_path / "behaviour").write_text("trains")
-    rank = RankProcess(0, 1, folder=tmp_path, threads=1, environment=dict(os.environ))
-    rank.close()
+    for _ in range(3):
+        rank = start("trains")
+        pid_of(rank)
+        rank.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_rank_inherits_its_two_sockets_and_nothing_else(start, tmp_path):
     with open(tmp_path / "open", "w") as secret:
         os.set_inheritable(secret.fileno(), True)
+        pid_of(start("trains"))  # another rank, whose descriptors are open where this one comes from
         rank = start("trains")
         rank.channel.send("start", **MEMBERSHIP)
-        opened = [os.readlink(path) for path in Path(f"/proc/{rank._process.pid}/fd").iterdir()]
+        wait_for_phase(rank, Phase.TRAIN)
+        opened = [os.readlink(path) for path in Path(f"/proc/{pid_of(rank)}/fd").iterdir()]
     assert str(tmp_path / "open") not in opened
     assert sum(name.startswith("socket:") for name in opened) == 2
+    others = {name for name in opened if not name.startswith("socket:")}
+    assert others == {"/dev/null", f"pipe:[{inode(rank.output)}]", str(tmp_path / "status")}
 
 
-def test_a_rank_dies_with_its_parent_however_early_that_dies(tmp_path):
-    """Also in the moment before it has asked the kernel for it."""
-    (tmp_path / "behaviour").write_text("trains_and_ignores_signals")
-    code = (
-        "import os, sys, time; from pathlib import Path\n"
-        "from allreduce_spark.launch.process import RankProcess\n"
-        "rank = RankProcess(0, 1, folder=Path(sys.argv[1]), threads=1, environment=os.environ)\n"
-        "print(rank._process.pid, flush=True); time.sleep(float(sys.argv[2])); os.kill(os.getpid(), 9)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
-    for delay in ("0", "0.05", "0.1", "0.5"):
-        answer = subprocess.run(
-            [sys.executable, "-c", code, tmp_path, delay],
-            stdout=subprocess.PIPE,
-            timeout=60,
-            env=environment,
-            check=False,
-        )
-        pid = int(answer.stdout)
-        deadline = time.monotonic() + 30
-        while is_alive(pid):
-            assert time.monotonic() < deadline, f"the rank is still alive; its parent died after {delay} s"
-            time.sleep(0.01)
+def inode(descriptor: int) -> int:
+    return os.fstat(descriptor).st_ino
+
+
+def test_a_rank_can_be_asked_for_its_stack_and_goes_on(start):
+    rank = start("trains")
+    rank.channel.send("start", **MEMBERSHIP)
+    wait_for_phase(rank, Phase.TRAIN)
+    rank.dump_stack()
+    assert "in trains" in wait_for_line(rank, "in trains")
+    assert not rank.has_ended()
+
+
+def test_asking_a_rank_that_has_ended_for_its_stack_does_nothing(start):
+    rank = start("exits_before_the_start")
+    wait_for_end(rank)
+    rank.dump_stack()
+    assert rank.has_ended()
+
+
+def test_a_rank_that_nobody_wants_any_more_is_killed_by_its_warm_process_too(start):
+    """The agent may let go of a rank in the very moment in which it is forked, when it does not know the process yet."""
+    rank = start("trains_and_ignores_signals")
+    pid = pid_of(rank)
+    rank._lifeline.close()
+    wait_for_end(rank)
+    assert not is_alive(pid)
+    assert rank.has_ended()
+    assert "SIGKILL" in rank.how_it_ended()

@@ -85,6 +85,22 @@ def trains(channel, folder, status):
     time.sleep(600)
 
 
+def says_who_it_is(channel, folder, status):
+    say(f"I am {os.environ['PMI_RANK']}")
+    channel.send("me", rank=os.environ["PMI_RANK"], size=os.environ["PMI_SIZE"], parent=os.getppid())
+
+
+def draws_a_number(channel, folder, status):
+    import random
+
+    channel.send("drawn", number=random.random())
+
+
+def writes_its_pid(channel, folder, status):
+    (folder / "pid").write_text(str(os.getpid()))
+    trains_and_ignores_signals(channel, folder, status)
+
+
 def trains_and_ignores_signals(channel, folder, status):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
