@@ -67,15 +67,17 @@ class Recovery:
 
     Attributes:
         max_restarts: How often in a row ranks are started again without having come further than before.
-        min_ranks: Where machines are lost, train with as few ranks as this, until there are slots for more.
+        min_ranks: Train with as few ranks as this, from the start or where machines are lost, until there are slots for more.
+            None: all at the start, and afterwards as many as there are.
     """
 
     max_restarts: int = 3
-    min_ranks: int = 1
+    min_ranks: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_restarts", self.max_restarts, at_least=0)
-        _check_count("min_ranks", self.min_ranks, at_least=1)
+        if self.min_ranks is not None:
+            _check_count("min_ranks", self.min_ranks, at_least=1)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,7 @@ class Rendezvous:
             "failed": self._on_failed,
             "done": self._on_done,
             "saved": self._on_saved,
+            "save_failed": self._on_saved,
             "stack": self._on_stack,
         }
         self._generation = 0

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pyspark import RDD, SparkContext
 
+from allreduce_spark.checkpoint.coordinator import Coordinator
+from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.config import FitConfig, Recovery, Timeouts
-from allreduce_spark.rendezvous.group import Failure
+from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.approval import approve
+from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
 from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import (
@@ -41,7 +44,7 @@ __all__ = ["Rows", "Spectator", "run_fit"]
 
 log = logging.getLogger(__name__)
 
-NO_RECOVERY = Recovery(max_restarts=0)
+UNSAFE = Safety(Recovery(max_restarts=0))
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def run_fit(
     custom_objects: Mapping[str, Any],
     timeouts: Timeouts,
     spectator: Spectator,
-    recovery: Recovery = NO_RECOVERY,
+    safety: Safety = UNSAFE,
 ) -> keras.callbacks.History:
     """Train `model` on the ranks of barrier stages, and bring the trained state back into it.
 
@@ -91,43 +94,64 @@ def run_fit(
         ConfigError, DataError: Something about the model or the rows cannot work; no rank has started.
         RankFailedError, CancelledError, KeyboardInterrupt: What ended the fit.
     """
-    job = make_job(model, custom_objects, callbacks, config, timeouts)
-    approval = partial(approve, model=model, config=config, with_validation_data=rows.with_validation)
+    job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
+    least = safety.recovery.min_ranks
     with (
         tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder,
         hold_slots(rows.num_ranks, partial(count_slots, context)),
+        coordinate(safety, job.model) as coordinator,
     ):
+
+        def approval(joins: Sequence[Join]) -> dict[str, Any]:
+            approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
+            fingerprint = fingerprint_of_joins(model, config, joins, approved["spec"])
+            if safety.resumed:
+                check_resumable(safety.resumed, fingerprint)
+            coordinator.describe(fingerprint)
+            return approved
+
         result = Path(folder) / "result"
-        restarts, num_ranks = Restarts(recovery.max_restarts), rows.num_ranks
-        while (loss := _train(context, rows, num_ranks, job, approval, restarts, spectator, result)) is not None:
-            num_ranks = wait_for_slots(context, rows.num_ranks, recovery.min_ranks, timeouts)
+        fit = _Fit(context, rows, job, approval, Restarts(safety.recovery.max_restarts), coordinator, spectator, result)
+        num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
+        while (loss := _train(fit, num_ranks)) is not None:
+            coordinator.fall_back()
+            num_ranks = wait_for_slots(context, rows.num_ranks, least or 1, timeouts)
             log.warning(
-                "a barrier stage was lost: %s. Another one goes on with %d of %d ranks.",
-                loss.cause.strip(), num_ranks, rows.num_ranks,
+                "a barrier stage was lost: %s. Another one goes on from %s with %d of %d ranks.",
+                loss.cause.strip(), _place_of(coordinator.newest), num_ranks, rows.num_ranks,
             )  # fmt: skip
         history = take_over(model, result)
     warn_if_diverged(model)
     return history
 
 
-def _train(
-    context: SparkContext,
-    rows: Rows,
-    num_ranks: int,
-    job: Job,
-    approval: Callable[..., dict[str, Any]],
-    restarts: Restarts,
-    spectator: Spectator,
-    result: Path,
-) -> Failure | None:
+@dataclass(frozen=True)
+class _Fit:
+    """What all barrier stages of one fit have in common."""
+
+    context: SparkContext
+    rows: Rows
+    job: Job
+    approval: Callable[[Sequence[Join]], dict[str, Any]]
+    restarts: Restarts
+    coordinator: Coordinator
+    spectator: Spectator
+    result: Path
+
+
+def _place_of(checkpoint: Manifest | None) -> str:
+    return f"epoch {checkpoint.epoch}, step {checkpoint.step}" if checkpoint else "the beginning"
+
+
+def _train(fit: _Fit, num_ranks: int) -> Failure | None:
     """Bring up the rendezvous, run one barrier stage, and leave what the root sends in the file `result`.
 
     Returns:
         What the stage was lost by, if another one is to go on; None where the training is complete.
     """
-    key = secrets.token_bytes(32)
-    listen_host, reachable_host = driver_addresses(context)
-    with result.open("wb") as file:
+    key, job, rows = secrets.token_bytes(32), fit.job, fit.rows
+    listen_host, reachable_host = driver_addresses(fit.context)
+    with fit.result.open("wb") as file:
 
         def forget_result(cause: Failure) -> None:
             file.seek(0)
@@ -137,23 +161,27 @@ def _train(
             num_ranks,
             key,
             job.timeouts,
-            approve=approval,
-            restarts=restarts,
-            on_progress=spectator.report,
+            approve=fit.approval,
+            restarts=fit.restarts,
+            resume=lambda joins: fit.coordinator.resume([join.saved for join in joins]),
+            on_progress=fit.spectator.report,
             on_result=file.write,
+            on_saved=fit.coordinator.note,
             on_restart=forget_result,
         )
         with contextlib.closing(rendezvous):
             _, port = rendezvous.start(listen_host)
-            task = StageTask(num_ranks, rows.num_ranks, (reachable_host, port), key, job.timeouts, job.files())
-            spectator.show_phase(Phase.START)
+            store = job.checkpoint.path if job.checkpoint else None
+            address = (reachable_host, port)
+            task = StageTask(num_ranks, rows.num_ranks, address, key, job.timeouts, job.files(), store)
+            fit.spectator.show_phase(Phase.START)
             shards = shards_for(rows.shards, rows.num_ranks, num_ranks)
-            failure = run_stage(context, shards, rendezvous, task, spectator.draw)
+            failure = run_stage(fit.context, shards, rendezvous, task, fit.spectator.draw)
     if failure is None:
         return None
     if not rendezvous.stage_is_lost:
         raise error_of(failure)
-    refusal = restarts.refusal([failure], rendezvous.place)
+    refusal = fit.restarts.refusal([failure], rendezvous.place)
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
     return failure

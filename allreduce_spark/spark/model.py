@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from pyspark import RDD
 from pyspark.sql import DataFrame
 
-from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks, check_sync_every
+from allreduce_spark.config import Checkpoint, FitConfig, Recovery, Timeouts, check_num_ranks, check_sync_every
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display, verbosity_of
+from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
 from allreduce_spark.spark.stage import (
     active_context,
@@ -103,6 +104,10 @@ class SparkModel:
         label_col: str | Sequence[str] = "label",
         weight_col: str | None = None,
         seed: int | None = None,
+        checkpoint: Checkpoint | None = None,
+        resume: str = "never",
+        max_restarts: int = 3,
+        min_ranks: int | None = None,
     ) -> keras.callbacks.History:
         """Train the model; names and meanings are those of `keras.Model.fit`.
 
@@ -125,6 +130,15 @@ class SparkModel:
             features_col, label_col, weight_col: Columns of a DataFrame. Several feature columns are a dict of inputs.
             seed: Of the order of rows and of all randomness in the ranks. None draws one with `random`, which
                 `keras.utils.set_random_seed` seeds.
+            checkpoint: When the state of the training is saved, and where. None saves it now and then, on the disks of the
+                executors alone: enough for ranks that die, not for machines that are lost, after which the fit begins anew.
+            resume: "auto" goes on from the newest whole checkpoint in `checkpoint.path`, if there is one, as if nothing had
+                happened; "never" refuses a folder that has any.
+            max_restarts: How often in a row ranks are started again, after the death of a rank or the loss of a machine, without
+                having come further than before. 0 gives up at once.
+            min_ranks: Train with as few ranks as this if there are no slots for more, until there are. The rows of each global
+                batch stay the same: every rank takes more of them. None asks for all ranks at the start, and goes on with as
+                many as there are when machines are lost.
 
         Returns:
             The history of this fit. Metrics are those of all ranks' rows.
@@ -134,6 +148,10 @@ class SparkModel:
             RankFailedError: A rank failed; says which one was first, and why.
             CancelledError: The Spark job was cancelled.
         """
+        recovery = Recovery(max_restarts, min_ranks)
+        resumed = newest_checkpoint(checkpoint, resume)
+        if seed is None:
+            seed = random.randrange(2**32) if resumed is None else resumed.fingerprint["seed"]
         config = FitConfig(
             epochs=epochs,
             batch_size=batch_size,
@@ -144,7 +162,7 @@ class SparkModel:
             shuffle=shuffle,
             class_weight=class_weight,
             sync_every=self.sync_every,
-            seed=random.randrange(2**32) if seed is None else seed,
+            seed=seed,
         )
         users = check_callbacks([] if callbacks is None else callbacks)
         columns = columns_of(features_col, label_col, weight_col)
@@ -153,7 +171,9 @@ class SparkModel:
         with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
             display.show_phase(Phase.SLOTS)
             context = active_context()
-            num_ranks = check_cluster(context, self.num_ranks, self.timeouts)
+            wanted = self.num_ranks or (resumed.num_shards if resumed else None)
+            num_ranks = check_cluster(context, min_ranks or wanted, self.timeouts)
+            num_ranks = max(num_ranks, wanted or 1)
             for part in (data, validation_data):
                 if isinstance(part, (tuple, list)) and len(part) > 1:
                     check_classes(self.model, part[1])
@@ -167,6 +187,7 @@ class SparkModel:
                 custom_objects=self._custom_objects,
                 timeouts=self.timeouts,
                 spectator=display,
+                safety=Safety(recovery, checkpoint or Checkpoint(), resumed),
             )
 
     def evaluate(

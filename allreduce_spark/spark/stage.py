@@ -59,6 +59,7 @@ class StageTask:
     key: bytes = field(repr=False)
     timeouts: Timeouts
     files: dict[str, bytes] = field(repr=False)
+    store: str | None = None
 
 
 def active_context() -> SparkContext:
@@ -219,6 +220,7 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         task_cpus=context.cpus(),
         gpus=tuple(gpus.addresses) if gpus else None,
         files=task.files,
+        store=task.store,
     )
     run_agent(agent, iter(blocks))
     return iter(())

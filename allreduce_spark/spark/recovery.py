@@ -1,0 +1,115 @@
+"""What a fit goes on from, and where its checkpoints go: the driver's side, before the first rank starts."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from allreduce_spark.checkpoint.coordinator import Coordinator
+from allreduce_spark.checkpoint.fingerprint import Fingerprint, differences
+from allreduce_spark.checkpoint.manifest import Manifest
+from allreduce_spark.checkpoint.store import Store
+from allreduce_spark.config import Checkpoint, FitConfig, Recovery
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.rendezvous.group import Join, shards_of
+from allreduce_spark.training.identity import fingerprint_of
+
+if TYPE_CHECKING:
+    import keras
+
+__all__ = ["Safety", "check_resumable", "coordinate", "fingerprint_of_joins", "newest_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Safety:
+    """How a fit is kept safe.
+
+    Attributes:
+        recovery: How much misfortune it survives.
+        checkpoint: When its state is saved, and where.
+        resumed: What it goes on from; None from the beginning.
+    """
+
+    recovery: Recovery = field(default_factory=Recovery)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    resumed: Manifest | None = None
+
+    @property
+    def saves(self) -> Checkpoint | None:
+        """The settings by which ranks save their state; None where nobody would ever read it."""
+        return self.checkpoint if self.recovery.max_restarts or self.checkpoint.path else None
+
+
+def newest_checkpoint(checkpoint: Checkpoint | None, resume: object) -> Manifest | None:
+    """What the arguments `checkpoint` and `resume` of a fit ask to go on from.
+
+    Raises:
+        ConfigError: The arguments do not fit each other, or the folder cannot be used.
+    """
+    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
+        raise ConfigError(f"checkpoint must be a Checkpoint or None, got {checkpoint!r}.")
+    if resume not in ("auto", "never"):
+        raise ConfigError(f"resume must be 'auto' or 'never', got {resume!r}.")
+    if resume == "never":
+        return None
+    if checkpoint is None or checkpoint.path is None:
+        raise ConfigError("resume='auto' needs a place to look at: pass checkpoint=Checkpoint(path).")
+    return Store(checkpoint.path).latest()
+
+
+@contextlib.contextmanager
+def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
+    """The coordinator of a fit; at the end everything that it was told of is in the store.
+
+    Args:
+        archive: The untrained model, as a `.keras` file.
+
+    Raises:
+        ConfigError: The store cannot be used, or holds the checkpoints of another fit.
+    """
+    path, resumed = safety.checkpoint.path, safety.resumed
+    if path is None:
+        coordinator = Coordinator(safety.checkpoint)
+    else:
+        store = Store(path)
+        store.begin(resumed.id if resumed else None)
+        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
+            local = Path(folder) / "model.keras"
+            local.write_bytes(archive)
+            model = store.put_model(local)
+        coordinator = Coordinator(safety.checkpoint, store, model=model, resumed=resumed)
+    if resumed:
+        log.info("going on from checkpoint %s of %s: epoch %d, step %d", resumed.id, path, resumed.epoch, resumed.step)
+    with contextlib.closing(coordinator):
+        yield coordinator
+
+
+def fingerprint_of_joins(model: keras.Model, config: FitConfig, joins: Sequence[Join], spec: str | None) -> Fingerprint:
+    """What this fit is a fit of, once all shards are on disk."""
+    return fingerprint_of(model, config, spec or "", tuple(shard.rows for shard in shards_of(joins)))
+
+
+def check_resumable(resumed: Manifest, now: Fingerprint) -> None:
+    """Make sure that the fit may go on from a checkpoint; what is only to be told is logged.
+
+    Raises:
+        ConfigError: It may not.
+    """
+    saved = Fingerprint.from_json(resumed.fingerprint)
+    found = differences(saved, now, mid_epoch=resumed.step > 0)
+    forbidding = [difference.text for difference in found if difference.forbids]
+    if forbidding:
+        raise ConfigError(
+            f"the fit cannot go on from checkpoint {resumed.id}, which is of another one:\n  "
+            + "\n  ".join(forbidding)
+            + "\nPass what was passed then, or let Checkpoint.path name a folder of its own for this fit."
+        )
+    for difference in found:
+        log.warning("the fit goes on from checkpoint %s, but not all is as it was: %s", resumed.id, difference.text)
