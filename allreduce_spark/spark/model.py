@@ -134,8 +134,8 @@ class SparkModel:
                 executors alone: enough for ranks that die, not for machines that are lost, after which the fit begins anew.
             resume: "auto" goes on from the newest whole checkpoint in `checkpoint.path`, if there is one, as if nothing had
                 happened; "never" refuses a folder that has any.
-            max_restarts: How often in a row ranks are started again, after the death of a rank or the loss of a machine, without
-                having come further than before. 0 gives up at once.
+            max_restarts: How often in a row ranks are started again, after the death of a rank or the loss of a machine,
+                without having come further than before. 0 gives up at once.
             min_ranks: Train with as few ranks as this if there are no slots for more, until there are. The rows of each global
                 batch stay the same: every rank takes more of them. None asks for all ranks at the start, and goes on with as
                 many as there are when machines are lost.
