@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from allreduce_spark.config import Timeouts
+    from allreduce_spark.config import Checkpoint, Timeouts
     from allreduce_spark.errors import AllReduceSparkError
     from allreduce_spark.spark.ml.estimator import AllReduceEstimator
     from allreduce_spark.spark.ml.transformer import AllReduceTransformer
@@ -24,6 +24,7 @@ __all__ = [
     "AllReduceEstimator",
     "AllReduceSparkError",
     "AllReduceTransformer",
+    "Checkpoint",
     "SparkMLlibModel",
     "SparkModel",
     "Timeouts",
@@ -35,6 +36,7 @@ _HOME_OF = {
     "AllReduceEstimator": "allreduce_spark.spark.ml.estimator",
     "AllReduceSparkError": "allreduce_spark.errors",
     "AllReduceTransformer": "allreduce_spark.spark.ml.transformer",
+    "Checkpoint": "allreduce_spark.config",
     "SparkMLlibModel": "allreduce_spark.spark.mllib",
     "SparkModel": "allreduce_spark.spark.model",
     "Timeouts": "allreduce_spark.config",

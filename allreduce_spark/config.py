@@ -10,7 +10,7 @@ from typing import Any
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["FitConfig", "Timeouts", "check_num_ranks", "check_sync_every"]
+__all__ = ["Checkpoint", "FitConfig", "Timeouts", "check_num_ranks", "check_sync_every"]
 
 MAX_RANKS = 4096
 
@@ -122,6 +122,66 @@ class FitConfig:
     def from_json(cls, fields: dict[str, Any]) -> FitConfig:
         weights = fields["class_weight"]
         return cls(**{**fields, "class_weight": None if weights is None else {int(k): float(v) for k, v in weights}})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where checkpoints of a fit are kept, how often they are taken, and which of them stay.
+
+    Without `every_steps` and `every_s` they are taken as often as costs less than 2 % of the time. The newest complete one always
+    stays, whatever the other settings say.
+
+    Attributes:
+        path: A folder, as a local path that all hosts share, or a URI that pyarrow knows. None: checkpoints are kept on the
+            executors' disks alone, and end with the fit.
+        every_steps: Steps from one to the next.
+        every_s: Seconds from one to the next.
+        keep: The last so many are kept.
+        keep_every: Every so manieth is kept for ever.
+        keep_best: A name of the epoch's logs, such as "val_loss": the best of the checkpoints that know it is kept.
+        best_mode: Whether the best is the smallest ("min") or the largest ("max"). "auto": the largest of what Keras calls
+            accuracy, AUC, precision, recall, a score or a similarity, else the smallest.
+        max_bytes: All complete ones together take no more than this, unless the newest alone does. One that is being written
+            comes on top.
+    """
+
+    path: str | None = None
+    every_steps: int | None = None
+    every_s: float | None = None
+    keep: int = 3
+    keep_every: int | None = None
+    keep_best: str | None = None
+    best_mode: str = "auto"
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and (not isinstance(self.path, str) or not self.path):
+            raise ConfigError(f"Checkpoint.path must be a path or a URI, got {self.path!r}.")
+        _check_count("Checkpoint.keep", self.keep, at_least=1)
+        for name in ("every_steps", "keep_every", "max_bytes"):
+            if getattr(self, name) is not None:
+                _check_count(f"Checkpoint.{name}", getattr(self, name), at_least=1)
+        seconds = self.every_s
+        if seconds is not None and (
+            isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < seconds < math.inf
+        ):
+            raise ConfigError(f"Checkpoint.every_s must be a positive number of seconds, got {seconds!r}.")
+        if self.every_steps is not None and self.every_s is not None:
+            raise ConfigError("Checkpoint needs one of every_steps and every_s, or neither; it was given both.")
+        if self.keep_best is not None and (not isinstance(self.keep_best, str) or not self.keep_best):
+            raise ConfigError(
+                f"Checkpoint.keep_best must be a name of the epoch's logs such as 'val_loss', got {self.keep_best!r}."
+            )
+        if self.best_mode not in ("auto", "min", "max"):
+            raise ConfigError(f"Checkpoint.best_mode must be 'auto', 'min' or 'max', got {self.best_mode!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values; `from_json` is the way back."""
+        return {name: _python_number(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Checkpoint:
+        return cls(**fields)
 
 
 def check_num_ranks(num_ranks: object) -> int:

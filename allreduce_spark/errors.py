@@ -11,6 +11,7 @@
     ├── CollectiveError                       an all-reduce, broadcast, allgather or barrier failed
     │   └── CollectiveTimeoutError (TimeoutError)  the other ranks did not come in time
     ├── RankFailedError                       a rank or its agent died or raised; names the first one that did
+    ├── CheckpointError (OSError)             a checkpoint could not be written or read; training can go on
     ├── SearchError                           a hyper-parameter search has found nothing
     └── CancelledError                        the Spark job of a fit was cancelled
 
@@ -23,6 +24,7 @@ __all__ = [
     "AllReduceSparkError",
     "AuthenticationError",
     "CancelledError",
+    "CheckpointError",
     "CollectiveError",
     "CollectiveTimeoutError",
     "ConfigError",
@@ -106,6 +108,13 @@ class RankFailedError(AllReduceSparkError, RuntimeError):
         when += f" at epoch {epoch}, step {step}" if step is not None else ""
         log = "\nlast lines of its log:\n" + "\n".join(f"  | {line}" for line in log_tail) if log_tail else ""
         super().__init__(f"{where}{when}: {cause}{log}")
+
+
+class CheckpointError(AllReduceSparkError, OSError):
+    """A checkpoint could not be written or read: the disk is full, the store cannot be reached, a file is damaged.
+
+    Whoever saves warns and trains on: the checkpoints from before are untouched.
+    """
 
 
 class SearchError(AllReduceSparkError, RuntimeError):
