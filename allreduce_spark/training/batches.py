@@ -87,7 +87,7 @@ def data_sets(
     """The rows to train on, and those to validate on: a set of its own, or the last rows of every shard, or none.
 
     Args:
-        shards: By number, the shards of this rank: the training rows, and the rows of a validation set of its own (perhaps none).
+        shards: This rank's, by number: the training rows, and the rows of a validation set of its own (perhaps none).
     """
     training = {number: train for number, (train, _) in shards.items()}
     world_size = membership.world.world_size
@@ -107,14 +107,14 @@ def data_sets(
 class ShardBatches:
     """The batches of one rank: a sequence of (x[, y[, sample_weight]]), and the `tf.data.Dataset` that Keras reads.
 
-    A batch holds the batches of the rank's shards, one after the other. A step to which they bring no row still yields a batch of
-    one row (a shard's first, or zeros), because layers are not made for empty batches. What is computed from it does not count:
+    A batch holds those of the rank's shards, one after the other. A step to which they bring no row still yields a batch of one
+    row (a shard's first, or zeros), because layers are not made for empty batches. What is computed from it does not count:
     `optimizer` weighs it with 0 rows and `callbacks` takes back what it did to the metrics.
 
     Args:
         shards: The rank's shards, by their number in the plan; y and sample_weight may be missing. At least one.
         plan: The same on every rank.
-        first_rows: For each shard of the plan, the index of the first row that belongs to this data set; `plan.rows` rows follow.
+        first_rows: For each shard of the plan, the index of the first row of this data set; `plan.rows` rows follow.
         seed: Seed of the order of rows, or None to keep them as they are.
 
     Attributes:
@@ -152,7 +152,7 @@ class ShardBatches:
     def dataset(self) -> tf.data.Dataset:
         """The batches in a form that Keras reads ahead, in a thread of its own.
 
-        In an epoch that is resumed it begins at `first_step`; it is as long as ever, but who reads must stop after the last step.
+        In an epoch that is resumed it begins at `first_step`; it is as long as ever, so who reads must stop after the last step.
 
         Not a `keras.utils.PyDataset`: Keras reads that through a Python generator, whose end stalls a process that is busy on
         all its cores for a second now and then, and with it all other ranks (seen between training and validation).
@@ -198,7 +198,8 @@ class ShardBatches:
 
 def _joined(*arrays: np.ndarray | None) -> np.ndarray | None:
     """The rows of several shards, one after the other; None for a part of the rows that none of them has."""
-    return None if arrays[0] is None else np.concatenate(arrays)
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present) if present else None
 
 
 def _as_keras_batch(batch: tuple[Any, Any, Any]) -> tuple[Any, ...]:
