@@ -5,13 +5,18 @@ The user's callbacks stand between two of ours:
     First        knows which step this is, counts rows, combines the metrics before anybody looks at them
     ...          the user's: on every rank, with the same logs at the end of an epoch, so that they decide the same (those
                  of a batch are this rank's own); those that write files on the root only
-    Last         makes all ranks stop where one of them wants to stop
+    History      what the fit returns
+    Last         makes all ranks stop where one of them wants to stop; then the state may be saved
+
+`Loop` calls them all, and begins in the middle of an epoch where a fit is resumed.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -24,8 +29,10 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.metrics import MetricState
 from allreduce_spark.training.optimizer import StepRows
+from allreduce_spark.training.saver import Saver
+from allreduce_spark.training.state import Position
 
-__all__ = ["First", "Last", "callbacks_of_rank"]
+__all__ = ["First", "Last", "Loop", "callbacks_of_rank", "continue_logs"]
 
 REPORT_EVERY_S = 0.2
 
@@ -37,9 +44,35 @@ ROOT_ONLY = tuple(
 )
 
 
-def callbacks_of_rank(callbacks: Sequence[keras.callbacks.Callback], is_root: bool) -> list[keras.callbacks.Callback]:
-    """Those of the user's callbacks that run on this rank. `root_only = True` on a callback of one's own is respected."""
-    return [c for c in callbacks if is_root or not (isinstance(c, ROOT_ONLY) or getattr(c, "root_only", False))]
+def callbacks_of_rank(
+    callbacks: Sequence[keras.callbacks.Callback], is_root: bool
+) -> dict[int, keras.callbacks.Callback]:
+    """Those of the user's callbacks that run on this rank, by their place in the user's list.
+
+    `root_only = True` on a callback of one's own is respected.
+    """
+    return {
+        place: callback
+        for place, callback in enumerate(callbacks)
+        if is_root or not (isinstance(callback, ROOT_ONLY) or getattr(callback, "root_only", False))
+    }
+
+
+def continue_logs(callbacks: Iterable[keras.callbacks.Callback], epoch: int) -> None:
+    """Make the callbacks that write a log go on with it: the file keeps what is older than `epoch`, which comes next."""
+    for callback in callbacks:
+        if isinstance(callback, keras.callbacks.CSVLogger):
+            callback.append = True
+            path = Path(callback.filename)
+            if not path.exists():
+                continue
+            lines = path.read_text().splitlines(keepends=True)
+            # From behind, and only as far as the epochs fall: above them may be those of an earlier fit.
+            below = math.inf
+            while len(lines) > 1 and epoch <= (number := int(lines[-1].split(callback.sep)[0])) < below:
+                below = number
+                lines.pop()
+            path.write_text("".join(lines))
 
 
 def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
@@ -59,6 +92,7 @@ class First(keras.callbacks.Callback):
         rows: Told at every step how many rows count.
         local: Told at every step that it takes; None where every step is one of all ranks.
         train, validation: This rank's batches; there may be none to validate on.
+        begin: Where the training begins.
         status: Told at every step where this rank is.
         report: Called with progress for the driver now and then, on the root; None elsewhere.
     """
@@ -70,13 +104,14 @@ class First(keras.callbacks.Callback):
         local: LocalSteps | None,
         train: ShardBatches,
         validation: ShardBatches | None,
+        begin: Position,
         status: StatusPage,
         report: Callable[..., None] | None,
     ) -> None:
         super().__init__()
         self._communicator, self._rows, self._local = communicator, rows, local
         self._batches, self._plan = train, train.plan
-        self._validation = None if validation is None else validation.plan
+        self._validation, self._begin = None if validation is None else validation.plan, begin
         self._status, self._report, self._reported_at = status, report, 0.0
         self._epoch, self._phase = 0, Phase.FIRST_STEP
         self._share = self._validation_share = 0.0  # of this rank's rows in the last step
@@ -86,6 +121,7 @@ class First(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = self._batches.epoch = epoch
+        self._batches.first_step = self._begin.step if epoch == self._begin.epoch else 0
         self._state.begin()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -134,7 +170,7 @@ class First(keras.callbacks.Callback):
                 self._local.combine()
 
     def _begin_step(self, plan: BatchPlan, step: int) -> None:
-        self._rows.mine, self._rows.total = plan.rows_of(self._communicator.rank, step), plan.total(step)
+        self._rows.mine, self._rows.total = plan.rows_of_rank(self._communicator.rank, step), plan.total(step)
         if self._rows.mine == 0:
             self._state.keep()
 
@@ -184,15 +220,32 @@ class First(keras.callbacks.Callback):
 
 
 class Last(keras.callbacks.Callback):
-    """Runs after the user's callbacks: one rank that stops alone would leave the others waiting for it."""
+    """Runs after the user's callbacks: one rank that stops alone would leave the others waiting for it.
 
-    def __init__(self, communicator: Communicator, first: First, users: Sequence[keras.callbacks.Callback]) -> None:
+    Args:
+        communicator: The group.
+        first: Told where an epoch ends early.
+        users: All of the user's callbacks, also those that do not run on this rank.
+        plan: Of the batches to train on.
+        saver: Told of every border between two steps, and of every end of an epoch; None where nothing is to be saved.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        first: First,
+        users: Sequence[keras.callbacks.Callback],
+        plan: BatchPlan,
+        saver: Saver | None,
+    ) -> None:
         super().__init__()
-        self._communicator, self._first = communicator, first
+        self._communicator, self._first, self._plan, self._saver = communicator, first, plan, saver
         # All ranks must come to the same conclusion here, so it is drawn from the user's full list on every rank.
         self._after_batches = any(acts_on_batches(callback) for callback in users)
+        self._epoch = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._epoch = epoch
         self._agree_to_stop()  # Keras would look at the wish after the first step.
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -200,11 +253,71 @@ class Last(keras.callbacks.Callback):
             self._agree_to_stop()
         if self.model.stop_training:
             self._first.end_epoch_early(batch)
+        elif self._saver and batch != self._plan.steps - 1:
+            self._saver.after_step(Position(self._epoch, batch + 1))
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._agree_to_stop()
+        if self._saver:
+            self._saver.after_epoch(Position(epoch + 1), logs or {}, has_stopped=self.model.stop_training)
 
     def _agree_to_stop(self) -> None:
         wish = np.array([bool(self.model.stop_training)], np.int64)
         self._communicator.allreduce(wish, ReduceOp.MAX)
         self.model.stop_training = bool(wish[0])
+
+
+class Loop(keras.callbacks.CallbackList):
+    """All callbacks of a rank, as Keras's `fit` takes them; resumes a fit, also in the middle of an epoch.
+
+    Keras numbers the batches of every epoch from 0 and always takes all of them. In an epoch that is resumed, the callbacks are
+    told the numbers that the batches have, and after the last one Keras is told to stop. The wish is taken back before the
+    callbacks hear of the end of the epoch.
+
+    Args:
+        callbacks: In their order.
+        plan: Of the batches to train on, which must begin at `begin` too.
+        begin: Where the training begins.
+        restore: Brings back the state of `begin`, and the metrics too if its argument is True. It is called when all callbacks
+            have set themselves up, and again when they have done so for an epoch of which a part is over. None: nothing to resume.
+        model, epochs: As for Keras.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        plan: BatchPlan,
+        begin: Position,
+        restore: Callable[[bool], None] | None,
+        *,
+        model: keras.Model,
+        epochs: int,
+    ) -> None:
+        super().__init__(list(callbacks), model=model, epochs=epochs, steps=plan.steps, verbose=0)
+        self._steps, self._begin, self._restore = plan.steps, begin, restore
+        self._first_step, self._has_cut = 0, False
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        if self._restore:
+            self._restore(False)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._first_step = self._begin.step if epoch == self._begin.epoch else 0
+        if self._first_step and self._restore:
+            self._restore(True)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        super().on_train_batch_begin(batch + self._first_step, logs)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        step = batch + self._first_step
+        super().on_train_batch_end(step, logs)
+        if self._first_step and step == self._steps - 1 and not self.model.stop_training:
+            self.model.stop_training = self._has_cut = True
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._has_cut:
+            self.model.stop_training = self._has_cut = False
+        super().on_epoch_end(epoch, logs)

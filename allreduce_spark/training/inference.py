@@ -118,7 +118,7 @@ def _batches(blocks: Iterable[bytes], batch_size: int) -> ShardBatches | None:
                 writer.write(decode_block(block))
         if not writer.rows:
             return None
-        return ShardBatches(Shard.open(path), BatchPlan((writer.rows,), batch_size), rank=0)
+        return ShardBatches({0: Shard.open(path)}, BatchPlan((writer.rows,), batch_size, world_size=1))
 
 
 _last: tuple[tuple[bytes, bool], keras.Model] | None = None

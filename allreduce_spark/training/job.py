@@ -13,7 +13,7 @@ from typing import Any
 import cloudpickle
 import keras
 
-from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.models.model_bytes import custom_objects_of, model_to_bytes
 
@@ -34,6 +34,7 @@ class Job:
         seed_states: States of the model's random generators, as `seed_variables` orders them; may be empty.
         trainable: Whether each of the model's weights is trained, in their order; empty for a model that is not built.
         iterations: Steps that the optimizer has taken.
+        checkpoint: How often the state is saved; None where it is not.
         model_path: Where the archive lies, on the rank's side.
     """
 
@@ -44,6 +45,7 @@ class Job:
     seed_states: list[list[int]]
     trainable: list[bool]
     iterations: int
+    checkpoint: Checkpoint | None = None
     model_path: Path = Path(_MODEL)
 
     def files(self) -> dict[str, bytes]:
@@ -54,6 +56,7 @@ class Job:
             "seed_states": self.seed_states,
             "trainable": self.trainable,
             "iterations": self.iterations,
+            "checkpoint": None if self.checkpoint is None else self.checkpoint.to_json(),
         }
         return {_MODEL: self.model, _OBJECTS: self.objects, _SETTINGS: json.dumps(settings).encode()}
 
@@ -68,6 +71,7 @@ class Job:
             seed_states=settings["seed_states"],
             trainable=settings["trainable"],
             iterations=settings["iterations"],
+            checkpoint=None if settings["checkpoint"] is None else Checkpoint.from_json(settings["checkpoint"]),
             model_path=folder / _MODEL,
         )
 
@@ -78,6 +82,7 @@ def make_job(
     callbacks: Sequence[keras.callbacks.Callback],
     config: FitConfig,
     timeouts: Timeouts,
+    checkpoint: Checkpoint | None = None,
 ) -> Job:
     """Pack a fit.
 
@@ -88,7 +93,7 @@ def make_job(
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations = int(model.optimizer.iterations.numpy())
-    return Job(model_to_bytes(model), objects, config, timeouts, seeds, trainable, iterations)
+    return Job(model_to_bytes(model), objects, config, timeouts, seeds, trainable, iterations, checkpoint)
 
 
 def check_arrival(model: keras.Model, job: Job) -> None:

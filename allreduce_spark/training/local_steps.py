@@ -44,7 +44,7 @@ class LocalSteps:
         self._averaged = list({id(variable): variable for variable in learnt}.values())
         # Numbers of steps, scales and the like have no mean; they are taken from one rank that has taken all steps.
         self._counters = [variable for variable in state if not _is_slot(variable)]
-        self._longest = int(np.argmax(plan.rows))
+        self._longest = int(np.argmax(plan.rows)) % plan.world_size
         self._before = [_widened(value_of(variable)) for variable in self._averaged]
         self._buffer = FlatBuffer(self._before)
         self._kept: list[np.ndarray] | None = None
@@ -53,7 +53,7 @@ class LocalSteps:
     def begin_step(self, step: int) -> None:
         """Call it before each step. One without rows of this rank is computed from padding, and is to change nothing."""
         self._steps.append(step)
-        if self._kept is None and self._plan.rows_of(self._communicator.rank, step) == 0:
+        if self._kept is None and self._plan.rows_of_rank(self._communicator.rank, step) == 0:
             self._kept = [value_of(variable) for variable in self._variables]
 
     def end_step(self) -> None:
@@ -84,12 +84,22 @@ class LocalSteps:
             variable.assign(value)
 
     @property
+    def is_combined(self) -> bool:
+        """Whether no step has been taken since the last combination, so that all ranks hold the same."""
+        return not self._steps
+
+    @property
+    def agreed(self) -> list[tuple[keras.Variable, np.ndarray]]:
+        """The averaged variables, each with what all ranks started from after the last combination, in float32 at least."""
+        return list(zip(self._averaged, self._before, strict=True))
+
+    @property
     def _variables(self) -> list[keras.Variable]:
         return [*self._averaged, *self._counters]
 
     def _rows_since(self) -> tuple[int, int]:
         """Rows of this rank, and of all, in the steps since the last combination."""
-        mine = sum(self._plan.rows_of(self._communicator.rank, step) for step in self._steps)
+        mine = sum(self._plan.rows_of_rank(self._communicator.rank, step) for step in self._steps)
         return mine, sum(self._plan.total(step) for step in self._steps)
 
 

@@ -56,7 +56,7 @@ def distribute(
     rows: StepRows,
     moving: Sequence[keras.Variable] = (),
     order: ProgramOrder | None = None,
-) -> keras.optimizers.Optimizer:
+) -> GradientReducer | None:
     """Make `optimizer.apply` reduce the gradients over the ranks before it applies them. Changes the optimizer in place.
 
     The optimizer keeps its class, so files that callbacks write load in plain Keras. A `LossScaleOptimizer` is
@@ -70,10 +70,10 @@ def distribute(
         order: That of all collectives in the model's steps; None where there are no others.
 
     Returns:
-        The same optimizer.
+        What reduces; None where there is one rank, which has nothing to reduce.
     """
     if communicator.world_size == 1:
-        return optimizer
+        return None
     reduce = GradientReducer(communicator, rows, moving, order)
     apply_locally = optimizer.apply
 
@@ -81,7 +81,7 @@ def distribute(
         return apply_locally(reduce(list(grads)), trainable_variables)
 
     optimizer.apply = apply
-    return optimizer
+    return reduce
 
 
 def moving_variables(model: keras.Model) -> list[keras.Variable]:
@@ -123,6 +123,11 @@ class GradientReducer:
         # In float32 at least: the small steps of a half-precision variable would be lost in its own type.
         values = [variable.numpy() for variable in moving]
         self._moving_before = [np.array(value, np.promote_types(value.dtype, np.float32)) for value in values]
+
+    @property
+    def agreed(self) -> list[tuple[keras.Variable, np.ndarray]]:
+        """The moving variables, each with what all ranks have agreed on in the last step, in float32 at least."""
+        return list(zip(self._moving, self._moving_before, strict=True))
 
     def __call__(self, gradients: list[Any]) -> list[Any]:
         """Reduce over the ranks; all must call.

@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import keras
 import numpy as np
 
+from allreduce_spark.checkpoint.shares import ShareWriter
 from allreduce_spark.communicator.base import Communicator
-from allreduce_spark.config import FitConfig
+from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.data.shard import Shard
 from allreduce_spark.data.spec import RowSpec
-from allreduce_spark.errors import CollectiveError
+from allreduce_spark.errors import CollectiveError, RendezvousTimeoutError
 from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
-from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
+from allreduce_spark.training.callbacks import First, Last, Loop, callbacks_of_rank, continue_logs
 from allreduce_spark.training.cores import use_cores
-from allreduce_spark.training.job import Job, check_arrival, seed_variables
+from allreduce_spark.training.job import Job, check_arrival
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.losses import globalize_losses
+from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result
+from allreduce_spark.training.resume import Resume, read_saved_state
+from allreduce_spark.training.saver import Saver
+from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
 from allreduce_spark.world import Membership, World
 
-__all__ = ["run_rank", "train"]
+__all__ = ["Recovery", "run_rank", "train"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How a fit is to survive its ranks.
+
+    Attributes:
+        folder: Private to this machine; shares of checkpoints are written to `checkpoints` in it.
+        checkpoint: How often; None where nothing is to be saved.
+        resume: Where to go on; None to begin at the beginning.
+        announce: Called by a thread with "saved" or "save_failed", and what there is to say (see `Saver`).
+    """
+
+    folder: Path
+    checkpoint: Checkpoint | None
+    resume: Resume | None
+    announce: Callable[[str, dict[str, Any]], None]
 
 
 def run_rank(channel: Channel, folder: Path, threads: int) -> None:
@@ -72,11 +100,23 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
         communicator,
         job.config,
         membership,
-        shards=(Shard.open(folder / "train.arrow", spec), Shard.open(folder / "validation.arrow", validation_spec)),
+        shards={
+            number: (
+                Shard.open(folder / f"train-{number}.arrow", spec),
+                Shard.open(folder / f"validation-{number}.arrow", validation_spec),
+            )
+            for number in range(communicator.rank, len(membership.rows), communicator.world_size)
+        },
         callbacks=callbacks,
         seed_states=job.seed_states,
         status=status,
         report=report,
+        recovery=Recovery(
+            folder,
+            job.checkpoint,
+            Resume.from_json(start.fields["resume"]) if start.fields.get("resume") else None,
+            partial(_announce, channel, job),
+        ),
     )
 
     status.write(Phase.RESULT)
@@ -88,60 +128,109 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     channel.send("done")
 
 
+def _announce(channel: Channel, job: Job, kind: str, fields: dict[str, Any]) -> None:
+    """Tell the agent of a share; where it is to be brought to a store, wait until it is: no other one is taken meanwhile."""
+    channel.send(kind, **fields)
+    if kind == "saved" and job.checkpoint is not None and job.checkpoint.path is not None:
+        try:
+            channel.receive(job.timeouts.result_s)
+        except RendezvousTimeoutError as error:
+            log.warning("checkpoint %s is not in the store yet: %s. Setting: Timeouts.result_s", fields["id"], error)
+
+
 def train(
     model: keras.Model,
     communicator: Communicator,
     config: FitConfig,
     membership: Membership,
     *,
-    shards: tuple[Shard, Shard],
+    shards: Mapping[int, tuple[Shard, Shard]],
     callbacks: list[keras.callbacks.Callback],
     seed_states: list[list[int]],
     status: StatusPage,
     report: Callable[..., None] | None,
+    recovery: Recovery | None = None,
 ) -> keras.callbacks.History:
     """Fit `model` on this rank's rows, in step with all other ranks.
 
     Args:
         model: Compiled; the same on every rank.
-        shards: The training rows of this rank, and its rows of a validation set of its own.
+        shards: This rank's, by number: the training rows, and the rows of a validation set of its own.
         callbacks: The user's; the same on every rank.
         seed_states: States of the model's random generators to start from. Where they are not as many as the built model
             has (building may make more), each rank starts from its own.
         status: Where this rank says how far it is.
         report: Called with progress now and then, on the root; None elsewhere.
+        recovery: None where nothing is saved, and the training begins at the beginning.
     """
-    rank = communicator.rank
     data, validation = data_sets(config, membership, shards)
     _build(model, data.spec, communicator)
-    _make_randomness_differ(model, seed_states, rank)
+    make_randomness_differ(model, seed_states, communicator.rank)
+    saved = read_saved_state(recovery.resume, communicator, recovery.folder) if recovery and recovery.resume else None
+    begin = saved.position if saved else Position(config.initial_epoch)
     model.jit_compile = False  # XLA knows no way out of the graph to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
-    rows, local = StepRows(), None
+    rows, reduce, local = StepRows(), None, None
     if config.sync_every == 1:
         order = ProgramOrder()
-        distribute(model.optimizer, communicator, rows, moving_variables(model), order)
+        reduce = distribute(model.optimizer, communicator, rows, moving_variables(model), order)
         globalize_losses(model, communicator, rows, order)
     elif communicator.world_size > 1:
         local = LocalSteps(model, communicator, data.plan, config.sync_every)
-    first = First(communicator, rows, local, data, validation, status, report)
-    history = model.fit(
+    averaging = local or reduce
+
+    users = callbacks_of_rank(callbacks, membership.world.is_root)
+    if saved:
+        continue_logs(users.values(), begin.epoch)
+    history = keras.callbacks.History()
+    state = RankState(model, communicator, averaging.agreed if averaging else [], CallbackMemory(users), history)
+    saver = None
+    if recovery and recovery.checkpoint:
+        resumed = recovery.resume.id if recovery.resume else None
+        saver = Saver(
+            recovery.checkpoint,
+            state,
+            ShareWriter(recovery.folder / "checkpoints", communicator.rank, resumed=resumed),
+            communicator,
+            local=local,
+            begin=begin,
+            steps=data.plan.steps,
+            epochs=config.epochs,
+            announce=recovery.announce,
+        )
+    first = First(communicator, rows, local, data, validation, begin, status, report)
+    last = Last(communicator, first, callbacks, data.plan, saver)
+    if saved and begin.step:
+        build_metrics(model, data)
+    model.fit(
         data.dataset(),
-        epochs=config.epochs,
-        initial_epoch=config.initial_epoch,
+        # A fit that had come to its end gets no further epoch, but what Keras and the callbacks do at the end.
+        epochs=begin.epoch if saved and saved.has_stopped else max(config.epochs, begin.epoch),
+        initial_epoch=begin.epoch,
         validation_data=None if validation is None else validation.dataset(),
         validation_freq=config.validation_freq,
         class_weight=config.class_weight,
-        callbacks=[
-            first,
-            *callbacks_of_rank(callbacks, membership.world.is_root),
-            Last(communicator, first, callbacks),
-        ],
+        callbacks=Loop(
+            [first, *users.values(), history, last],
+            data.plan,
+            begin,
+            partial(_restore, state, saved) if saved else None,
+            model=model,
+            epochs=config.epochs,
+        ),
         shuffle=False,  # ShardBatches does it, in an order that can be repeated
         verbose=0,
     )
+    if saver:
+        saver.close()
     check_same_weights(model, communicator)
     return history
+
+
+def _restore(state: RankState, saved: SavedState, with_metrics: bool) -> None:
+    state.restore(saved)
+    if with_metrics:
+        state.restore_metrics(saved)
 
 
 def check_same_weights(model: keras.Model, communicator: Communicator) -> None:
@@ -182,17 +271,3 @@ def _build(model: keras.Model, spec: RowSpec, communicator: Communicator) -> Non
             value = np.array(variable.numpy())
             communicator.broadcast(value)
             variable.assign(value)
-
-
-def _make_randomness_differ(model: keras.Model, seed_states: list[list[int]], rank: int) -> None:
-    """Equal dropout masks on all ranks would drop the same units for every row of the global batch.
-
-    The root draws what a single process would draw; the other ranks something else.
-    """
-    variables = seed_variables(model)
-    states = seed_states if len(seed_states) == len(variables) else [variable.numpy() for variable in variables]
-    for variable, state in zip(variables, states, strict=True):
-        value = np.array(state, dtype=variable.dtype)
-        if rank:
-            value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]
-        variable.assign(value)

@@ -132,7 +132,7 @@ def measure(size: Size, optimizer: str) -> dict[str, Any]:
         write_shard(folder / "train.arrow", x, y)
         rows = (len(x),) * world.world_size
         shard = Shard.open(folder / "train.arrow")
-        batches = ShardBatches(shard, BatchPlan(rows, BATCH_SIZE), world.rank, seed=0)
+        batches = ShardBatches({world.rank: shard}, BatchPlan(rows, BATCH_SIZE, world.world_size), seed=0)
         other_sides = OtherSides(
             communicator,
             size.steps,
@@ -148,7 +148,7 @@ def measure(size: Size, optimizer: str) -> dict[str, Any]:
             communicator,
             FitConfig(epochs=size.rounds, batch_size=BATCH_SIZE),
             Membership(world, 0, "benchmark", rows, (0,) * world.world_size),
-            shards=(shard, shard),  # the second is not looked at: it has 0 rows for validation, says the membership
+            shards={world.rank: (shard, shard)},  # the second, with its 0 rows, is not looked at
             callbacks=[other_sides],
             seed_states=[],
             status=StatusPage(folder / "status"),

@@ -94,7 +94,7 @@ def fit_ranks(tmp_path):
                     communicator,
                     config,
                     membership,
-                    shards=(shards[rank], tests[rank]),
+                    shards={rank: (shards[rank], tests[rank])},
                     callbacks=[*callbacks(), digests],
                     seed_states=[],
                     status=StatusPage(tmp_path / f"status{rank}"),
@@ -153,18 +153,17 @@ def fit_reference(tmp_path):
         shards = [write_shard(tmp_path / f"reference{rank}", part, spec) for rank, part in enumerate(parts)]
         rows = tuple(map(len, shards))
         held_out = validation_rows_of(rows, config.validation_split)
-        plan = BatchPlan(tuple(n - v for n, v in zip(rows, held_out, strict=True)), config.batch_size)
+        kept = tuple(n - v for n, v in zip(rows, held_out, strict=True))
+        plan = BatchPlan(kept, config.batch_size, len(parts))
         seed = config.seed if config.shuffle else None
-        ranks = [ShardBatches(shard, plan, rank, seed=seed) for rank, shard in enumerate(shards)]
-        test_plan = BatchPlan(tuple(len(p[1]) for p in validation) if validation else held_out, config.batch_size)
+        ranks = [ShardBatches({rank: shard}, plan, seed=seed) for rank, shard in enumerate(shards)]
+        test_rows = tuple(len(p[1]) for p in validation) if validation else held_out
+        test_plan = BatchPlan(test_rows, config.batch_size, len(parts))
         if validation:
-            kept = [write_shard(tmp_path / f"kept{rank}", part, spec) for rank, part in enumerate(validation)]
-            tests = [ShardBatches(shard, test_plan, rank) for rank, shard in enumerate(kept)]
+            shards = [write_shard(tmp_path / f"kept{rank}", part, spec) for rank, part in enumerate(validation)]
+            tests = [ShardBatches({rank: shard}, test_plan) for rank, shard in enumerate(shards)]
         else:
-            tests = [
-                ShardBatches(shard, test_plan, rank, first_row=rows[rank] - held_out[rank])
-                for rank, shard in enumerate(shards)
-            ]
+            tests = [ShardBatches({rank: shard}, test_plan, first_rows=kept) for rank, shard in enumerate(shards)]
         digests = Digests()
         history = copy.fit(
             GlobalBatches(ranks, plan),

@@ -17,7 +17,7 @@ ROWS = st.lists(st.integers(0, 60), min_size=1, max_size=6).map(tuple).filter(an
 
 @given(ROWS, st.integers(1, 20))
 def test_the_steps_of_a_plan_hold_every_row_once(rows, batch_size):
-    plan = BatchPlan(rows, batch_size)
+    plan = BatchPlan(rows, batch_size, len(rows))
     for rank, count in enumerate(rows):
         assert sum(plan.rows_of(rank, step) for step in range(plan.steps)) == count
     assert sum(plan.total(step) for step in range(plan.steps)) == sum(rows)
@@ -44,32 +44,32 @@ def rows_in(batches):
 
 
 def test_without_a_seed_the_rows_keep_their_order(shard_of):
-    assert rows_in(ShardBatches(shard_of(5), BatchPlan((5,), 2), 0)) == [[0, 1], [2, 3], [4]]
+    assert rows_in(ShardBatches({0: shard_of(5)}, BatchPlan((5,), 2, 1))) == [[0, 1], [2, 3], [4]]
 
 
 def test_each_epoch_has_an_order_of_its_own_that_comes_again(shard_of):
-    batches = ShardBatches(shard_of(40), BatchPlan((40, 40), 8), 1, seed=3)
+    batches = ShardBatches({1: shard_of(40)}, BatchPlan((40, 40), 8, 2), seed=3)
     first = rows_in(batches)
     batches.epoch = 1
     second = rows_in(batches)
     batches.epoch = 0
     assert rows_in(batches) == first != second
     assert sorted(row for rows in second for row in rows) == list(range(40))
-    other_rank = ShardBatches(shard_of(40), BatchPlan((40, 40), 8), 0, seed=3)
+    other_rank = ShardBatches({0: shard_of(40)}, BatchPlan((40, 40), 8, 2), seed=3)
     assert rows_in(other_rank) != first
 
 
 def test_a_step_without_rows_still_has_a_batch_of_the_right_form(shard_of, write_shard):
-    late = ShardBatches(shard_of(3), BatchPlan((3, 9), 2), 0)
+    late = ShardBatches({0: shard_of(3)}, BatchPlan((3, 9), 2, 2))
     assert rows_in(late) == [[0, 1], [2], [0], [0], [0]]
     spec = shard_of(1).spec
-    empty = ShardBatches(write_shard(None, spec), BatchPlan((0, 2), 2), 0)
+    empty = ShardBatches({0: write_shard(None, spec)}, BatchPlan((0, 2), 2, 2))
     x, y = empty[0]
     assert (x.shape, x.dtype, y.shape, y.dtype) == ((1,), np.float32, (1,), np.int64)
 
 
 def test_floats_become_keras_own_and_integers_stay(shard_of):
-    x, y = ShardBatches(shard_of(4), BatchPlan((4,), 4), 0)[0]
+    x, y = ShardBatches({0: shard_of(4)}, BatchPlan((4,), 4, 1))[0]
     assert (x.dtype, y.dtype) == (np.float32, np.int64)
 
 
@@ -77,7 +77,7 @@ def test_the_last_rows_of_each_shard_validate(shard_of, write_shard):
     world = worlds_of(["a", "b"])[1]
     membership = Membership(world, 0, "names", rows=(10, 6), validation_rows=(0, 0))
     config = FitConfig(batch_size=4, validation_split=0.25, shuffle=False)
-    train, validation = data_sets(config, membership, (shard_of(6), write_shard(None)))
+    train, validation = data_sets(config, membership, {1: (shard_of(6), write_shard(None))})
     assert rows_in(train) == [[0, 1, 2, 3], [0]]
     assert rows_in(validation) == [[4, 5]]
     assert train.plan.rows == (8, 4)
@@ -85,4 +85,4 @@ def test_the_last_rows_of_each_shard_validate(shard_of, write_shard):
 
 def test_a_data_set_of_no_known_form_is_refused(write_shard):
     with pytest.raises(DataError, match="no rank has rows"):
-        ShardBatches(write_shard(None), BatchPlan((0,), 2), 0)
+        ShardBatches({0: write_shard(None)}, BatchPlan((0,), 2, 1))

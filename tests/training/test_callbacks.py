@@ -144,8 +144,8 @@ def test_root_only_is_respected_and_everything_else_runs_everywhere():
     mine = keras.callbacks.LambdaCallback()
     mine.root_only = True
     logger, stopper = keras.callbacks.CSVLogger("x"), keras.callbacks.EarlyStopping()
-    assert callbacks_of_rank([logger, stopper, mine], is_root=True) == [logger, stopper, mine]
-    assert callbacks_of_rank([logger, stopper, mine], is_root=False) == [stopper]
+    assert callbacks_of_rank([logger, stopper, mine], is_root=True) == {0: logger, 1: stopper, 2: mine}
+    assert callbacks_of_rank([logger, stopper, mine], is_root=False) == {1: stopper}
 
 
 def test_only_callbacks_that_act_on_batches_cost_a_message_per_step():

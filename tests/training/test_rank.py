@@ -7,8 +7,8 @@ import numpy as np
 
 from allreduce_spark.data.spec import LeafSpec, RowSpec
 from allreduce_spark.training.job import seed_variables
-from allreduce_spark.training.rank import _make_randomness_differ
 from allreduce_spark.training.result import build_like
+from allreduce_spark.training.state import make_randomness_differ
 
 
 class Attention(keras.Model):
@@ -30,6 +30,6 @@ def test_random_generators_that_an_unbuilt_model_did_not_have_yet_are_no_error()
     build_like(model, RowSpec(LeafSpec("x", "float32", (3, 2))))
     before = [np.array(variable.numpy()) for variable in seed_variables(model)]
     assert len(before) > len(known)
-    _make_randomness_differ(model, known, rank=1)
+    make_randomness_differ(model, known, rank=1)
     after = [variable.numpy() for variable in seed_variables(model)]
     assert all((one != other).any() for one, other in zip(before, after, strict=True))
