@@ -111,7 +111,7 @@ def test_two_threads_that_each_want_all_slots_train_one_after_the_other(spark, m
 @pytest.mark.spark
 def test_start_s_does_not_run_while_another_job_has_the_slots_or_the_rows_are_made(spark):
     def slowly(rows: Iterable[Any]) -> Iterator[Any]:
-        time.sleep(12)  # longer than start_s
+        time.sleep(16)  # longer than start_s
         yield from rows
 
     context, x = spark.sparkContext, np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
@@ -122,6 +122,6 @@ def test_start_s_does_not_run_while_another_job_has_the_slots_or_the_rows_are_ma
         while not context.statusTracker().getActiveStageIds():
             time.sleep(0.01)
         rows = context.parallelize([(row, row.sum()) for row in x], 2).mapPartitions(slowly)
-        history = SparkModel(model, num_ranks=2, timeouts=Timeouts(start_s=8)).fit(rows, batch_size=8, verbose=0)
+        history = SparkModel(model, num_ranks=2, timeouts=Timeouts(start_s=13)).fit(rows, batch_size=8, verbose=0)
     assert other_job.result() == 2
     assert len(history.history["loss"]) == 1
