@@ -262,8 +262,8 @@ class _Job:
 class _Queue:
     """Whether the barrier stage still waits for tasks of other stages: of those that make its rows, or of other jobs.
 
-    That is no sign of a cluster that does not answer, however long it takes. Spark may tell of tasks that run only with the next
-    heartbeat of an executor (spark.executor.heartbeatInterval, 10 s), so a `start_s` that is shorter can pass unnoticed.
+    That is no sign of a cluster that does not answer, however long it takes. Spark may tell of tasks that run only with the
+    next heartbeat of an executor (spark.executor.heartbeatInterval, 10 s), so a `start_s` that is shorter can pass unnoticed.
     """
 
     def __init__(self, context: SparkContext, tag: str) -> None:
