@@ -189,6 +189,19 @@ def test_a_rank_that_was_given_up_during_the_import_is_never_forked(with_tensorf
         assert unwanted.read_output() == []
 
 
+def test_a_fork_that_fails_is_that_of_the_rank_and_its_reason_is_read(with_tensorflow):
+    code = """
+import os
+def fork():
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+os.fork = fork
+"""
+    _, rank = with_tensorflow(code)
+    wait_for_end(rank)
+    assert "the rank process ended with exit code 1" in rank.how_it_ended()
+    assert rank.read_output()[-1] == "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+
+
 # Death
 
 
