@@ -54,9 +54,11 @@ def local_store(tmp_path) -> Store:
     return Store(tmp_path / "fit")
 
 
-def damage(store: Store, id_: str, name: str, content: bytes) -> None:
-    system, path = fs.FileSystem.from_uri(store.place(id_, name)) if ":" in store.path else (fs.LocalFileSystem(), "")
-    with system.open_output_stream(path or store.place(id_, name)) as stream:
+def damage(store: Store, checkpoint: str, name: str, content: bytes) -> None:
+    system, path = (
+        fs.FileSystem.from_uri(store.place(checkpoint, name)) if ":" in store.path else (fs.LocalFileSystem(), "")
+    )
+    with system.open_output_stream(path or store.place(checkpoint, name)) as stream:
         stream.write(content)
 
 
