@@ -39,12 +39,14 @@ class Survey:
         complete: Oldest first.
         damaged: By id, why a manifest that is there cannot be read.
         incomplete: Ids of what has no manifest: still being written, or left by a fit that ended.
+        partial: Names of what was to become the model's archive, and may still.
         foreign: Names of what is no checkpoint.
     """
 
     complete: tuple[Manifest, ...]
     damaged: dict[str, str]
     incomplete: tuple[str, ...]
+    partial: tuple[str, ...]
     foreign: tuple[str, ...]
 
 
@@ -65,12 +67,14 @@ class Store:
             ConfigError: It cannot be read, is a file, or a checkpoint in it was written by a newer version.
         """
         found: dict[str, set[str]] = {}
-        foreign = set()
+        partial, foreign = set(), set()
         for path, _ in files.list_files(self.path):
             top, _, name = path.partition("/")
             if name and is_checkpoint_id(top):
                 found.setdefault(top, set()).add(name)
-            elif top != MODEL and not top.startswith(f".{MODEL}."):
+            elif top.startswith(f".{MODEL}.") and top.endswith(".partial"):
+                partial.add(top)
+            elif path != MODEL:
                 foreign.add(top)
         complete, damaged = [], {}
         for checkpoint, names in sorted(found.items()):
@@ -80,7 +84,7 @@ class Store:
                 except CheckpointError as error:
                     damaged[checkpoint] = str(error)
         incomplete = tuple(checkpoint for checkpoint, names in sorted(found.items()) if MANIFEST not in names)
-        return Survey(tuple(complete), damaged, incomplete, tuple(sorted(foreign)))
+        return Survey(tuple(complete), damaged, incomplete, tuple(sorted(partial)), tuple(sorted(foreign)))
 
     def begin(self, resumed: str | None) -> None:
         """Make the folder ready for a fit, before its first rank starts: nobody else may be writing to it.
@@ -107,14 +111,14 @@ class Store:
             )
         if resumed is not None and resumed not in ids:
             raise ConfigError(f"{self.path!r} holds no complete checkpoint {resumed}.")
-        for checkpoint in (
-            *survey.incomplete,
-            *(checkpoint for checkpoint in ids if resumed is not None and checkpoint > resumed),
-        ):
+        later = [checkpoint for checkpoint in ids if resumed is not None and checkpoint > resumed]
+        for name in (*survey.incomplete, *later):
             logger.warning(
-                "%s: removing %s, which is not complete or later than what training goes on from", self.path, checkpoint
+                "%s: removing %s, which is not complete, or later than what training goes on from", self.path, name
             )
-            self.remove(checkpoint)
+            self.remove(name)
+        for name in survey.partial:
+            files.remove(files.inside(self.path, name))
 
     def put_model(self, local: Path) -> File:
         """Put the archive of the untrained model there, unless complete checkpoints have one already; returns what is there.
@@ -157,9 +161,8 @@ class Store:
             there = dict(files.list_files(files.inside(self.path, manifest.id)))
             for share in manifest.shares:
                 if there.get(share.name) != share.bytes:
-                    found = (
-                        f"has {there[share.name]} bytes, not {share.bytes}" if share.name in there else "is not there"
-                    )
+                    size = there.get(share.name)
+                    found = "is not there" if size is None else f"has {size} bytes, not {share.bytes}"
                     raise CheckpointError(
                         f"{self.place(manifest.id, share.name)!r} {found}, as the driver sees it, though its rank has written "
                         "it. Checkpoint.path must be one that all hosts share: a mounted file system, or a URI."
