@@ -181,14 +181,19 @@ def _rename(system: fs.FileSystem, source: str, destination: str) -> None:
     if isinstance(system, fs.LocalFileSystem):
         os.replace(source, destination)
         parent = os.path.dirname(destination)
-        for folder in (parent, os.path.dirname(parent)):  # which may be new as well
-            handle = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(handle)  # or the new name would be lost with the machine's power
-            finally:
-                os.close(handle)
+        for folder in (parent, os.path.dirname(parent)):  # which may have a new folder in it
+            if os.access(folder, os.R_OK):
+                _sync_folder(folder)  # or the new name would be lost with the machine's power
     else:
         system.move(source, destination)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

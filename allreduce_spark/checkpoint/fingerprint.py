@@ -21,7 +21,7 @@ class Fingerprint:
         model: SHA-256 of the architecture.
         layers, parameters: How many the model has; they make a difference of `model` easier to understand.
         optimizer: The optimizer's name and settings, as JSON: `{"class_name": ..., "config": {...}}`.
-        data_schema: What a row looks like, as JSON.
+        data_schema: What a row looks like: `RowSpec.to_json()`.
         rows: Training rows per shard.
         seed: Of everything random.
         global_batch_size: Rows per step, of all shards together.

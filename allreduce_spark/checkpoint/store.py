@@ -39,12 +39,14 @@ class Survey:
         complete: Oldest first.
         damaged: By id, why a manifest that is there cannot be read.
         incomplete: Ids of what has no manifest: still being written, or left by a fit that ended.
+        partial: Names of what was to become the model's archive, and may still.
         foreign: Names of what is no checkpoint.
     """
 
     complete: tuple[Manifest, ...]
     damaged: dict[str, str]
     incomplete: tuple[str, ...]
+    partial: tuple[str, ...]
     foreign: tuple[str, ...]
 
 
@@ -65,22 +67,24 @@ class Store:
             ConfigError: It cannot be read, is a file, or a checkpoint in it was written by a newer version.
         """
         found: dict[str, set[str]] = {}
-        foreign = set()
+        partial, foreign = set(), set()
         for path, _ in files.list_files(self.path):
             top, _, name = path.partition("/")
             if name and is_checkpoint_id(top):
                 found.setdefault(top, set()).add(name)
-            elif top != MODEL and not top.startswith(f".{MODEL}."):
+            elif top.startswith(f".{MODEL}.") and top.endswith(".partial"):
+                partial.add(top)
+            elif path != MODEL:
                 foreign.add(top)
         complete, damaged = [], {}
-        for id_, names in sorted(found.items()):
+        for checkpoint, names in sorted(found.items()):
             if MANIFEST in names:
                 try:
-                    complete.append(self._manifest(id_))
+                    complete.append(self._manifest(checkpoint))
                 except CheckpointError as error:
-                    damaged[id_] = str(error)
-        incomplete = tuple(id_ for id_, names in sorted(found.items()) if MANIFEST not in names)
-        return Survey(tuple(complete), damaged, incomplete, tuple(sorted(foreign)))
+                    damaged[checkpoint] = str(error)
+        incomplete = tuple(checkpoint for checkpoint, names in sorted(found.items()) if MANIFEST not in names)
+        return Survey(tuple(complete), damaged, incomplete, tuple(sorted(partial)), tuple(sorted(foreign)))
 
     def begin(self, resumed: str | None) -> None:
         """Make the folder ready for a fit, before its first rank starts: nobody else may be writing to it.
@@ -107,11 +111,14 @@ class Store:
             )
         if resumed is not None and resumed not in ids:
             raise ConfigError(f"{self.path!r} holds no complete checkpoint {resumed}.")
-        for id_ in (*survey.incomplete, *(id_ for id_ in ids if resumed is not None and id_ > resumed)):
+        later = [checkpoint for checkpoint in ids if resumed is not None and checkpoint > resumed]
+        for name in (*survey.incomplete, *later):
             logger.warning(
-                "%s: removing %s, which is not complete or later than what training goes on from", self.path, id_
+                "%s: removing %s, which is not complete, or later than what training goes on from", self.path, name
             )
-            self.remove(id_)
+            self.remove(name)
+        for name in survey.partial:
+            files.remove(files.inside(self.path, name))
 
     def put_model(self, local: Path) -> File:
         """Put the archive of the untrained model there, unless complete checkpoints have one already; returns what is there.
@@ -127,22 +134,22 @@ class Store:
         files.read_file(local, digest.update)
         return File(MODEL, local.stat().st_size, digest.hexdigest())
 
-    def share_place(self, id_: str, index: int, generation: int) -> str:
+    def share_place(self, checkpoint: str, index: int, generation: int) -> str:
         """Where the share of one rank belongs, as a path or URI."""
-        return self.place(id_, share_name(index, generation))
+        return self.place(checkpoint, share_name(index, generation))
 
-    def place(self, id_: str, name: str) -> str:
+    def place(self, checkpoint: str, name: str) -> str:
         """Where a file of a checkpoint is, as a path or URI."""
-        return files.inside(files.inside(self.path, id_), name)
+        return files.inside(files.inside(self.path, checkpoint), name)
 
-    def put_share(self, local: Path, id_: str, index: int, generation: int) -> None:
+    def put_share(self, local: Path, checkpoint: str, index: int, generation: int) -> None:
         """Put a share into its place.
 
         Raises:
             CheckpointError: It cannot be written.
         """
         with _as_checkpoint_errors():
-            files.put_file(local, self.share_place(id_, index, generation), overwrite=True, in_one_step=False)
+            files.put_file(local, self.share_place(checkpoint, index, generation), overwrite=True, in_one_step=False)
 
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint exist, once all its shares are there.
@@ -154,9 +161,8 @@ class Store:
             there = dict(files.list_files(files.inside(self.path, manifest.id)))
             for share in manifest.shares:
                 if there.get(share.name) != share.bytes:
-                    found = (
-                        f"has {there[share.name]} bytes, not {share.bytes}" if share.name in there else "is not there"
-                    )
+                    size = there.get(share.name)
+                    found = "is not there" if size is None else f"has {size} bytes, not {share.bytes}"
                     raise CheckpointError(
                         f"{self.place(manifest.id, share.name)!r} {found}, as the driver sees it, though its rank has written "
                         "it. Checkpoint.path must be one that all hosts share: a mounted file system, or a URI."
@@ -173,8 +179,8 @@ class Store:
             ConfigError: As `survey`.
         """
         survey = self.survey()
-        for id_, problem in survey.damaged.items():
-            logger.warning("%s: checkpoint %s is damaged: %s", self.path, id_, problem)
+        for checkpoint, problem in survey.damaged.items():
+            logger.warning("%s: checkpoint %s is damaged: %s", self.path, checkpoint, problem)
         return list(survey.complete)
 
     def latest(self) -> Manifest | None:
@@ -197,20 +203,20 @@ class Store:
             )
         return None
 
-    def verify(self, id_: str) -> list[str]:
+    def verify(self, checkpoint: str) -> list[str]:
         """What is wrong with a checkpoint, in words; empty where all is well.
 
         Raises:
             ConfigError: It was written by a newer version, or the folder cannot be read: which says nothing of the checkpoint.
         """
         there = dict(files.list_files(self.path))
-        if f"{id_}/{MANIFEST}" not in there:
+        if f"{checkpoint}/{MANIFEST}" not in there:
             return [f"it has no {MANIFEST}: it was never complete"]
         try:
-            manifest = self._manifest(id_)
+            manifest = self._manifest(checkpoint)
         except CheckpointError as error:
             return [str(error)]
-        expected = {f"{id_}/{share.name}": share for share in manifest.shares}
+        expected = {f"{checkpoint}/{share.name}": share for share in manifest.shares}
         if manifest.model is not None:
             expected[manifest.model.name] = manifest.model
         return [
@@ -219,14 +225,14 @@ class Store:
             if (problem := _problem_of(file, there.get(path), files.inside(self.path, path)))
         ]
 
-    def remove(self, id_: str) -> None:
+    def remove(self, checkpoint: str) -> None:
         """Remove a checkpoint. One whose removal is interrupted is absent, and the rest of it goes with the next `prune`.
 
         Raises:
             ConfigError: It cannot be removed.
         """
-        files.remove(self.place(id_, MANIFEST))
-        files.remove(files.inside(self.path, id_))
+        files.remove(self.place(checkpoint, MANIFEST))
+        files.remove(files.inside(self.path, checkpoint))
 
     def prune(self, settings: Checkpoint) -> list[str]:
         """Remove what need not be kept, and what will never be complete; returns the ids.
@@ -241,21 +247,25 @@ class Store:
             if not survey.complete:
                 return []
             keep = kept(survey.complete, settings)
-            never = [id_ for id_ in (*survey.incomplete, *survey.damaged) if id_ < survey.complete[-1].id]
+            never = [
+                checkpoint
+                for checkpoint in (*survey.incomplete, *survey.damaged)
+                if checkpoint < survey.complete[-1].id
+            ]
             removed = [*(manifest.id for manifest in survey.complete if manifest.id not in keep), *never]
-            for id_ in removed:
-                self.remove(id_)
+            for checkpoint in removed:
+                self.remove(checkpoint)
             return removed
 
-    def _manifest(self, id_: str) -> Manifest:
+    def _manifest(self, checkpoint: str) -> Manifest:
         content = bytearray()
-        files.read_file(self.place(id_, MANIFEST), content.extend)
+        files.read_file(self.place(checkpoint, MANIFEST), content.extend)
         try:
             fields = json.loads(content)
         except ValueError as error:
             raise CheckpointError(f"{MANIFEST} is damaged: it is not JSON ({error})") from error
         manifest = Manifest.from_json(fields)
-        if manifest.id != id_:
+        if manifest.id != checkpoint:
             raise CheckpointError(f"{MANIFEST} is that of {manifest.id}")
         return manifest
 

@@ -76,6 +76,29 @@ def test_a_bucket_of_s3_holds_the_file_and_nothing_else(bucket, tmp_path, local)
     ]
 
 
+def test_what_nobody_looks_at_yet_gets_its_name_at_once_in_an_object_store(bucket, tmp_path, local, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(files, "_rename", lambda system, source, path: renamed.append(path))
+    put_file(local, bucket("share"), overwrite=True, in_one_step=False)
+    assert renamed == []
+    assert fetch_file(bucket("share"), tmp_path).read_bytes() == local.read_bytes()
+    put_file(local, tmp_path / "share", overwrite=True, in_one_step=False)
+    assert renamed == [str(tmp_path / "share")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"),
+    [
+        ("/data/fit/", "/data/fit/a"),
+        ("/data/what?", "/data/what?/a"),
+        ("s3://bucket/fit?region=x&scheme=http", "s3://bucket/fit/a?region=x&scheme=http"),
+        ("file:/data/fit", "file:/data/fit/a"),
+    ],
+)
+def test_a_place_in_a_folder(folder, place):
+    assert files.inside(folder, "a") == place
+
+
 def test_what_exists_is_replaced_only_on_request(tmp_path, local):
     place = tmp_path / "model.keras"
     place.write_bytes(b"precious")
