@@ -228,6 +228,10 @@ class Last(keras.callbacks.Callback):
         users: All of the user's callbacks, also those that do not run on this rank.
         plan: Of the batches to train on.
         saver: Told of every border between two steps, and of every end of an epoch; None where nothing is to be saved.
+        status: Says whether the ranks are to end with an epoch, for more of them to go on.
+
+    Attributes:
+        regroups: Whether they have.
     """
 
     def __init__(
@@ -237,12 +241,13 @@ class Last(keras.callbacks.Callback):
         users: Sequence[keras.callbacks.Callback],
         plan: BatchPlan,
         saver: Saver | None,
+        status: StatusPage,
     ) -> None:
         super().__init__()
         self._communicator, self._first, self._plan, self._saver = communicator, first, plan, saver
         # All ranks must come to the same conclusion here, so it is drawn from the user's full list on every rank.
         self._after_batches = any(acts_on_batches(callback) for callback in users)
-        self._epoch = 0
+        self._status, self._epoch, self.regroups = status, 0, False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
@@ -257,14 +262,20 @@ class Last(keras.callbacks.Callback):
             self._saver.after_step(Position(self._epoch, batch + 1))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._agree_to_stop()
+        is_to_regroup = self._agree_to_stop() and not self.model.stop_training and epoch + 1 < self.params["epochs"]
         if self._saver:
-            self._saver.after_epoch(Position(epoch + 1), logs or {}, has_stopped=self.model.stop_training)
+            self._saver.after_epoch(
+                Position(epoch + 1), logs or {}, has_stopped=self.model.stop_training, must=is_to_regroup
+            )
+            if is_to_regroup:
+                self.regroups = self.model.stop_training = True
 
-    def _agree_to_stop(self) -> None:
-        wish = np.array([bool(self.model.stop_training)], np.int64)
-        self._communicator.allreduce(wish, ReduceOp.MAX)
-        self.model.stop_training = bool(wish[0])
+    def _agree_to_stop(self) -> bool:
+        """Stop on all ranks if one of them wants to; return whether one has been told that they are to regroup."""
+        wishes = np.array([bool(self.model.stop_training), self._status.is_to_regroup], np.int64)
+        self._communicator.allreduce(wishes, ReduceOp.MAX)
+        self.model.stop_training = bool(wishes[0])
+        return bool(wishes[1])
 
 
 class Loop(keras.callbacks.CallbackList):
