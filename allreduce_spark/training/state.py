@@ -1,8 +1,8 @@
 """Everything a rank's training hangs on at the border between two steps: collected for a checkpoint, restored from one.
 
 What is equal on all ranks (weights, the optimizer's variables) is dealt out, so that each rank writes a part of it; the names
-of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/": random states, the metrics of an epoch
-that is not over, the memory of callbacks.
+of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/": random states, the metrics of an
+epoch that is not over, the memory of callbacks.
 
 Not part of it, because TensorFlow keeps them where nobody can read them, are the states of its own random operations: those of
 `tf.random.normal` inside a step, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model
@@ -32,7 +32,7 @@ from allreduce_spark.training.plain import pack, unpack
 __all__ = ["METRICS", "Position", "RankState", "SavedState", "build_metrics", "make_randomness_differ"]
 
 METRICS = "own/metrics/"
-_SEEDS = "own/seeds/"
+_WIDE, _SEEDS = "shared/moving/", "own/seeds/"
 _CALLBACKS, _HISTORY, _RANDOM = "own/callbacks", "own/history", "own/random"
 
 
@@ -101,7 +101,7 @@ class RankState:
         self._shared = {f"shared/weights/{index}": variable for index, variable in enumerate(model.weights)}
         self._shared |= {f"shared/optimizer/{index}": v for index, v in enumerate(model.optimizer.variables)}
         # Half precision alone: a float32 variable holds all that was agreed.
-        self._wide = {f"shared/moving/{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
+        self._wide = {f"{_WIDE}{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
         sizes = {name: _view(variable).nbytes for name, variable in self._shared.items()}
         sizes |= {name: wide.nbytes for name, wide in self._wide.items()}
         self._mine = deal(sizes, communicator.world_size)[communicator.rank]
@@ -134,12 +134,12 @@ class RankState:
         Raises:
             CheckpointError: It is of another model.
         """
-        _assign(self._shared, saved.shared)
+        _assign(self._shared, {name: value for name, value in saved.shared.items() if not name.startswith(_WIDE)})
         for index, (variable, agreed) in enumerate(self._agreed):
-            agreed[...] = saved.shared.get(f"shared/moving/{index}", value_of(variable))
+            agreed[...] = saved.shared.get(f"{_WIDE}{index}", value_of(variable))
         seeds = {f"{_SEEDS}{index}": variable for index, variable in enumerate(_seeds(self._model))}
         if saved.is_mine:
-            _assign(seeds, saved.own)
+            _assign(seeds, {name: value for name, value in saved.own.items() if name.startswith(_SEEDS)})
             _set_random_states(unpack(saved.about["random"], saved.own))
         else:
             states = [saved.own[name].tolist() for name in list(seeds)[: len(seed_variables(self._model))]]
@@ -192,6 +192,9 @@ def make_randomness_differ(model: keras.Model, seed_states: Sequence[Sequence[in
 
 
 def _assign(variables: Mapping[str, keras.Variable], values: Mapping[str, np.ndarray]) -> None:
+    surplus = sorted(values.keys() - variables.keys())
+    if surplus:
+        raise CheckpointError(f"the checkpoint is of another model: it has {surplus[0]}, which there is none of here.")
     for name, variable in variables.items():
         value = values.get(name)
         if value is None or value.shape != tuple(variable.shape) or value.dtype.name != variable.dtype:

@@ -148,9 +148,7 @@ def measure(size: Size, optimizer: str) -> dict[str, Any]:
             communicator,
             FitConfig(epochs=size.rounds, batch_size=BATCH_SIZE),
             Membership(world, 0, "benchmark", rows, (0,) * world.world_size),
-            shards={
-                world.rank: (shard, shard)
-            },  # the second, with its 0 rows, is not looked at
+            shards={world.rank: (shard, shard)},  # the second, with its 0 rows, is not looked at
             callbacks=[other_sides],
             seed_states=[],
             status=StatusPage(folder / "status"),
