@@ -278,8 +278,8 @@ class Loop(keras.callbacks.CallbackList):
         callbacks: In their order.
         plan: Of the batches to train on, which must begin at `begin` too.
         begin: Where the training begins.
-        restore: Brings back the state of `begin`, and the metrics too if its argument is True. Called when all callbacks have set
-            themselves up, and again when they have done so for an epoch of which a part is over. None: begin at the beginning.
+        restore: Brings back the state of `begin`, and the metrics too if its argument is True. Called when all callbacks have
+            set themselves up, and again when they have done so for an epoch of which a part is over. None: nothing to restore.
         model, epochs: As for Keras.
     """
 

@@ -167,9 +167,8 @@ def train(
     users = callbacks_of_rank(callbacks, membership.world.is_root)
     if saved:
         continue_logs(users.values(), begin.epoch)
-    history = keras.callbacks.History()
+    history, saver = keras.callbacks.History(), None
     state = RankState(model, communicator, averaging.agreed if averaging else [], CallbackMemory(users), history)
-    saver = None
     if recovery and recovery.checkpoint:
         resumed = recovery.resume.id if recovery.resume else None
         saver = Saver(

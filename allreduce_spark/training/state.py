@@ -11,6 +11,7 @@ beside its variables.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class RankState:
         self._shared |= {f"shared/optimizer/{index}": v for index, v in enumerate(model.optimizer.variables)}
         # Half precision alone: a float32 variable holds all that was agreed.
         self._wide = {f"{_WIDE}{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
-        sizes = {name: _view(variable).nbytes for name, variable in self._shared.items()}
+        sizes = {n: math.prod(v.shape) * tf.as_dtype(v.dtype).size for n, v in self._shared.items()}
         sizes |= {name: wide.nbytes for name, wide in self._wide.items()}
         self._mine = deal(sizes, communicator.world_size)[communicator.rank]
 
@@ -172,7 +173,7 @@ def build_metrics(model: keras.Model, data: ShardBatches) -> None:
     batch = data[0]
     if type(model).train_step is keras.Model.train_step:
         model._symbolic_build(data_batch=batch)
-    elif not model.run_eagerly:
+    else:
         # A step of the user's own may do anything: trace it, and run nothing.
         tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
 
