@@ -115,9 +115,9 @@ class RankState:
         """
         arrays = {n: self._wide[n] if n in self._wide else _view(self._shared[n]) for n in self._mine}
         arrays |= {f"{_SEEDS}{index}": _view(variable) for index, variable in enumerate(_seeds(self._model))}
-        if position.step:  # at the beginning of an epoch Keras resets them
-            metrics = metric_variables(self._model)
-            arrays |= {f"{METRICS}{index}": _view(variable) for index, variable in enumerate(metrics)}
+        # Also at the beginning of an epoch, when nobody needs them: what is always of one form is copied faster.
+        metrics = metric_variables(self._model)
+        arrays |= {f"{METRICS}{index}": _view(variable) for index, variable in enumerate(metrics)}
         about = {
             "epoch": position.epoch,
             "step": position.step,

@@ -29,6 +29,7 @@ from allreduce_spark.training.plain import NotPlain, pack, unpack
         np.float32(0.1),
         np.arange(6, dtype=np.int16).reshape(2, 3),
         np.array(3.0),
+        {"large": np.arange(1000.0), "half": [np.ones((30, 30), ml_dtypes.bfloat16)]},
         np.ones(2, ml_dtypes.bfloat16),
         [np.zeros((0, 3)), {"k": np.bool_(True)}],
     ],
@@ -78,12 +79,12 @@ def moved(callback, fresh, change):
 
 def test_memory_is_restored_and_settings_are_the_new_ones():
     def change(callback):
-        callback.wait, callback.best, callback.best_weights = 2, 0.25, [np.ones(3), np.zeros((2, 2))]
+        callback.wait, callback.best, callback.best_weights = 2, 0.25, [np.ones(3), np.zeros((30, 40))]
 
     fresh = keras.callbacks.EarlyStopping(patience=7)
     collected = moved(keras.callbacks.EarlyStopping(patience=3), fresh, change)
     assert (fresh.wait, fresh.best, fresh.patience) == (2, 0.25, 7)
-    np.testing.assert_array_equal(fresh.best_weights[1], np.zeros((2, 2)))
+    np.testing.assert_array_equal(fresh.best_weights[1], np.zeros((30, 40)))
     assert set(collected["3"]["attributes"]) == {"wait", "best", "best_weights"}
 
 
