@@ -128,8 +128,8 @@ class FitConfig:
 class Checkpoint:
     """Where checkpoints of a fit are kept, how often they are taken, and which of them stay.
 
-    Without `every_steps` and `every_s` they are taken as often as costs less than 2 % of the time. The newest complete one always
-    stays, whatever the other settings say.
+    Without `every_steps` and `every_s` they are taken as often as costs less than 2 % of the time. The newest complete one
+    always stays, whatever the other settings say.
 
     Attributes:
         path: A folder, as a local path that all hosts share, or a URI that pyarrow knows. None: checkpoints are kept on the

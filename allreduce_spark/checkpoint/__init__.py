@@ -1,1 +1,1 @@
-"""What outlives a process: files on any file system, complete or absent."""
+"""What outlives a process: checkpoints, and other files, on any file system; complete or absent."""

@@ -11,26 +11,38 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["check_absent", "fetch_file", "put_file"]
+__all__ = ["Listed", "check_absent", "fetch_file", "inside", "list_files", "put_file", "read_file", "remove"]
 
 PIECE_BYTES = 16 << 20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Hadoop writes file:/tmp and dbfs:/models with one slash
 WITHOUT_FOLDERS = ("s3", "gcs", "abfs")  # there, making a folder leaves an empty object of its name
 
 
-def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool) -> None:
+class Listed(NamedTuple):
+    """A file in a folder: its path below that folder, with slashes, and its length in bytes."""
+
+    path: str
+    bytes: int
+
+
+def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool, in_one_step: bool = True) -> None:
     """Copy a local file to `destination`, and make folders on the way.
 
     It is written under another name beside the destination first and gets its own in one step. Local files, and HDFS's, are on
     disk when this returns.
+
+    Args:
+        in_one_step: False where nobody looks at the file before somebody says that it is complete. In an object store, where a
+            file is renamed by copying it, it then gets its name at once.
 
     Raises:
         ConfigError: The destination exists and `overwrite` is False, or it cannot be written.
@@ -38,13 +50,15 @@ def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: boo
     check_absent(destination, overwrite=overwrite)
     system, path = _locate(destination)
     parent, _, name = path.rpartition("/")
-    partial = f"{parent}/.{name}.{secrets.token_hex(4)}.partial"
+    direct = not in_one_step and system.type_name in WITHOUT_FOLDERS
+    partial = path if direct else f"{parent}/.{name}.{secrets.token_hex(4)}.partial"
     with _explained(destination, "written"):
         try:
             if parent and system.type_name not in WITHOUT_FOLDERS:
                 system.create_dir(parent, recursive=True)
             _upload(local, system, partial)
-            _rename(system, partial, path)
+            if not direct:
+                _rename(system, partial, path)
         except BaseException:
             with contextlib.suppress(OSError):  # it may never have come to be; the first error is the one to hear of
                 system.delete_file(partial)
@@ -69,6 +83,57 @@ def fetch_file(source: str | os.PathLike[str], folder: Path) -> Path:
         with system.open_input_stream(path) as stream, copy.open("wb") as file:
             shutil.copyfileobj(stream, file, PIECE_BYTES)
         return copy
+
+
+def read_file(source: str | os.PathLike[str], take: Callable[[bytes], object]) -> None:
+    """Hand the content of a file to `take`, piece by piece.
+
+    Raises:
+        ConfigError: There is no such file, or it cannot be read.
+    """
+    system, path = _locate(source)
+    with _explained(source, "read"), system.open_input_stream(path) as stream:
+        while piece := stream.read(PIECE_BYTES):
+            take(piece)
+
+
+def inside(folder: str | os.PathLike[str], name: str) -> str:
+    """The place of a file in a folder, which may be a URI with options behind a question mark.
+
+    >>> inside("s3://bucket/fit?region=eu-west-1", "manifest.json")
+    's3://bucket/fit/manifest.json?region=eu-west-1'
+    """
+    text = os.fspath(folder)
+    place, mark, options = text.partition("?") if _SCHEME.match(text) else (text, "", "")
+    return f"{place.rstrip('/')}/{name}{mark}{options}"
+
+
+def list_files(folder: str | os.PathLike[str]) -> list[Listed]:
+    """All files in a folder and below it, in the order of their paths; none where there is no such folder.
+
+    Raises:
+        ConfigError: It is a file, or cannot be read.
+    """
+    system, path = _locate(folder)
+    with _explained(folder, "read"):
+        found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    prefix = len(path.rstrip("/")) + 1
+    return sorted(Listed(info.path[prefix:], info.size) for info in found if info.is_file)
+
+
+def remove(place: str | os.PathLike[str]) -> None:
+    """Remove a file, or a folder with everything in it. What is not there needs no removing.
+
+    Raises:
+        ConfigError: It cannot be removed.
+    """
+    system, path = _locate(place)
+    with _explained(place, "removed"):
+        kind = system.get_file_info(path).type
+        if kind == fs.FileType.Directory:
+            system.delete_dir(path)
+        elif kind == fs.FileType.File:
+            system.delete_file(path)
 
 
 def check_absent(destination: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -115,13 +180,20 @@ def _upload(local: Path, system: fs.FileSystem, path: str) -> None:
 def _rename(system: fs.FileSystem, source: str, destination: str) -> None:
     if isinstance(system, fs.LocalFileSystem):
         os.replace(source, destination)
-        folder = os.open(os.path.dirname(destination), os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or the new name would be lost with the machine's power
-        finally:
-            os.close(folder)
+        parent = os.path.dirname(destination)
+        for folder in (parent, os.path.dirname(parent)):  # which may have a new folder in it
+            if os.access(folder, os.R_OK):
+                _sync_folder(folder)  # or the new name would be lost with the machine's power
     else:
         system.move(source, destination)
+
+
+def _sync_folder(path: str) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,35 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. `argv` is for tests: without it, the words of the command line count."""
     args = _parser().parse_args(argv)
+    return run_checkpoints(args) if args.command == "checkpoints" else run_doctor(args)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
     results = doctor.run(args.only or doctor.CHECKS)
     print(doctor.report(results))
     return doctor.exit_code(results)
+
+
+def run_checkpoints(args: argparse.Namespace) -> int:
+    from allreduce_spark.cli import checkpoints  # loads rooms that an old Python cannot read
+    from allreduce_spark.errors import AllReduceSparkError
+
+    try:
+        if args.action == "list":
+            return checkpoints.list_command(args.path)
+        if args.action == "verify":
+            return checkpoints.verify_command(args.path)
+        return checkpoints.export_command(
+            args.path,
+            args.destination,
+            checkpoint=args.id,
+            modules=args.modules,
+            unsafe=args.unsafe,
+            overwrite=args.overwrite,
+        )
+    except AllReduceSparkError as error:
+        print(f"allreduce-spark: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +61,38 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,NAME",
         help=f"run these checks alone: {', '.join(doctor.CHECKS)}",
     )
+    _add_checkpoints(commands)
     return parser
+
+
+def _add_checkpoints(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoints = commands.add_parser(
+        "checkpoints", help="look at the checkpoints of a fit, or take a model out of one"
+    )
+    actions = checkpoints.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, help_text in (
+        ("list", "list the complete checkpoints, and why each is kept"),
+        ("verify", "read every file and compare it with its checksum; exit with 1 if one is damaged"),
+        ("export", "write the model of a checkpoint to a .keras file"),
+    ):
+        action = actions.add_parser(name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".")
+        action.add_argument("path", metavar="PATH", help="the folder: a local path, or a URI such as s3://bucket/fit")
+    action.add_argument("destination", metavar="OUT.keras", help="the file to write: a local path, or a URI")
+    action.add_argument("--id", help="which checkpoint; without it, the newest that is not damaged")
+    action.add_argument("--overwrite", action="store_true", help="replace OUT.keras if it exists")
+    action.add_argument(
+        "--import",
+        action="append",
+        default=[],
+        dest="modules",
+        metavar="MODULE",
+        help="import this module first: the one that registers the model's own classes with Keras",
+    )
+    action.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="load Lambda layers, which are code in the file: only if you trust whoever wrote it",
+    )
 
 
 def _names(text: str) -> list[str]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import fs
 
 from allreduce_spark.checkpoint import files
@@ -62,24 +60,6 @@ def test_a_file_elsewhere_is_put_and_fetched(memory, tmp_path, local):
     assert copy.read_bytes() == local.read_bytes()
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """The URI of a folder in a bucket, of a server that speaks S3."""
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "test"),
-        ("AWS_SECRET_ACCESS_KEY", "test"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_EC2_METADATA_DISABLED", "true"),
-    ):
-        monkeypatch.setenv(name, value)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="models")
-    yield lambda name: f"s3://models/digits/{name}?endpoint_override={host}:{port}&scheme=http"
-    server.stop()
-
-
 def test_a_bucket_of_s3_holds_the_file_and_nothing_else(bucket, tmp_path, local):
     with pytest.raises(ConfigError, match="there is no such file"):
         fetch_file(bucket("model.keras"), tmp_path)
@@ -94,6 +74,29 @@ def test_a_bucket_of_s3_holds_the_file_and_nothing_else(bucket, tmp_path, local)
     assert [info.path for info in system.get_file_info(fs.FileSelector("models", recursive=True)) if info.is_file] == [
         path
     ]
+
+
+def test_what_nobody_looks_at_yet_gets_its_name_at_once_in_an_object_store(bucket, tmp_path, local, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(files, "_rename", lambda system, source, path: renamed.append(path))
+    put_file(local, bucket("share"), overwrite=True, in_one_step=False)
+    assert renamed == []
+    assert fetch_file(bucket("share"), tmp_path).read_bytes() == local.read_bytes()
+    put_file(local, tmp_path / "share", overwrite=True, in_one_step=False)
+    assert renamed == [str(tmp_path / "share")]
+
+
+@pytest.mark.parametrize(
+    ("folder", "place"),
+    [
+        ("/data/fit/", "/data/fit/a"),
+        ("/data/what?", "/data/what?/a"),
+        ("s3://bucket/fit?region=x&scheme=http", "s3://bucket/fit/a?region=x&scheme=http"),
+        ("file:/data/fit", "file:/data/fit/a"),
+    ],
+)
+def test_a_place_in_a_folder(folder, place):
+    assert files.inside(folder, "a") == place
 
 
 def test_what_exists_is_replaced_only_on_request(tmp_path, local):

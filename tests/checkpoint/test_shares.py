@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
+import queue
 import resource
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from allreduce_spark.checkpoint import shares
+from allreduce_spark.checkpoint import share_format, shares
 from allreduce_spark.checkpoint.shares import ShareWriter, deal, held, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
@@ -118,6 +123,58 @@ def test_a_share_that_is_held_is_not_written_over(tmp_path):
     assert not link.exists()
 
 
+def test_whoever_reads_beside_the_writer_sees_whole_shares(tmp_path):
+    writer, announced, seen = ShareWriter(tmp_path, 0), queue.SimpleQueue(), []
+
+    def read() -> None:
+        while (saved := announced.get()) is not None:
+            with contextlib.suppress(CheckpointError), held(saved.path) as link:  # given up before we came
+                seen.append(hashlib.sha256(link.read_bytes()).hexdigest() == saved.sha256)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for step in range(200):
+            announced.put(save(writer, f"000000-{step:08d}", float(step), size=100_000))
+    finally:
+        announced.put(None)
+        reader.join()
+    assert seen
+    assert all(seen)
+
+
+WRITE_UNTIL_KILLED = """
+import sys
+from pathlib import Path
+import numpy as np
+from allreduce_spark.checkpoint.shares import ShareWriter
+
+writer = ShareWriter(Path(sys.argv[1]), 0)
+for step in range(10**6):
+    writer.copy(f"000000-{step:08d}", {"a": np.full(300_000, step)}, {"step": step})
+    writer.finish()
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("shares_before", [1, 2, 3, 10, 30])
+def test_a_rank_that_is_killed_while_it_writes_leaves_whole_shares(tmp_path, shares_before):
+    command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
+        for _ in range(shares_before):
+            rank.stdout.readline()
+        rank.kill()
+    left = [tmp_path / name for name in published(tmp_path)]
+    assert min(shares_before, 2) <= len(left) <= 3  # three for the moment in which the oldest one is given up
+    for path in left:
+        share = read_share(path)
+        assert path.name == f"000000-{share.about['step']:08d}.share-0.safetensors"
+        assert set(share.tensors["a"]) == {share.about["step"]}
+    resumed = left[0].name.partition(".")[0]
+    ShareWriter(tmp_path, 0, resumed=resumed)
+    assert os.listdir(tmp_path) == [left[0].name]
+
+
 def test_a_rank_that_starts_again_keeps_what_it_resumes_from_and_never_writes_over_it(tmp_path):
     before = ShareWriter(tmp_path, 0)
     for step in (1, 2):
@@ -185,7 +242,7 @@ def test_foreign_files_are_named_for_what_they_are(tmp_path):
         ({"version": "1", "dtypes": '{"a": "no such type"}', "about": "{}"}, "damaged"),
         ({"version": "1", "dtypes": "{}", "about": "[1]"}, "damaged"),
     ):
-        save_file({"a": np.zeros((3, 8), np.uint8)}, path, metadata={"format": shares.FORMAT, **metadata})
+        save_file({"a": np.zeros((3, 8), np.uint8)}, path, metadata={"format": share_format.FORMAT, **metadata})
         refused(path.read_bytes(), says)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_share(tmp_path / "nowhere")
@@ -228,6 +285,6 @@ def test_the_header_is_json_that_anybody_can_read(tmp_path):
     saved = save(ShareWriter(tmp_path, 0), "000000-00000001", 1.0)
     content = saved.path.read_bytes()
     length = int.from_bytes(content[:8], "little")
-    assert (8 + length) % shares.ALIGNMENT == 0
+    assert (8 + length) % share_format.ALIGNMENT == 0
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-    assert metadata == {"format": shares.FORMAT, "version": "1", "dtypes": "{}", "about": '{"value": 1.0}'}
+    assert metadata == {"format": share_format.FORMAT, "version": "1", "dtypes": "{}", "about": '{"value": 1.0}'}
