@@ -25,10 +25,11 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
-from allreduce_spark.training.callbacks import First, Last, Loop, callbacks_of_rank, continue_logs
+from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.job import Job, check_arrival
 from allreduce_spark.training.local_steps import LocalSteps
+from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
@@ -187,9 +188,8 @@ def train(
     users = callbacks_of_rank(callbacks, membership.world.is_root)
     if saved:
         continue_logs(users.values(), begin.epoch)
-    history = keras.callbacks.History()
+    history, saver = keras.callbacks.History(), None
     state = RankState(model, communicator, averaging.agreed if averaging else [], CallbackMemory(users), history)
-    saver = None
     if recovery and recovery.checkpoint:
         resumed = recovery.resume.id if recovery.resume else None
         saver = Saver(
