@@ -32,6 +32,22 @@ MAX_BODY_BYTES = 1 << 22
 TAG_BYTES = 16
 _LENGTHS = struct.Struct(">II")
 
+# A name means the same in every message. Whoever receives one of these need not look at its type again.
+_TYPES_OF_FIELDS: dict[str, tuple[type, ...]] = {
+    "rank": (int, type(None)),
+    "host": (str, type(None)),
+    "host_key": (str,),
+    "generation": (int,),
+    "phase": (str, type(None)),
+    "epoch": (int, type(None)),
+    "step": (int, type(None)),
+    "line": (str,),
+    "error": (str,),
+    "cause": (str,),
+    "log_tail": (list,),
+    "consequence": (bool,),
+}
+
 
 class Phase(str, Enum):
     """What a fit waits for: the driver in the first two, then a rank or its agent. The order is that of a rank's life."""
@@ -142,5 +158,8 @@ def _parse(content: bytes, header_bytes: int) -> Message:
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ProtocolError(f"received a frame whose header is no message: {error}") from error
     if not isinstance(kind, str):
-        raise ProtocolError(f"received a frame whose kind is {kind!r}")
+        raise ProtocolError(f"received a frame whose kind is {kind!r:.200}")
+    for name in _TYPES_OF_FIELDS.keys() & fields.keys():
+        if type(fields[name]) not in _TYPES_OF_FIELDS[name]:  # `isinstance` would take True for a number.
+            raise ProtocolError(f"received a '{kind:.200}' message with {name}={fields[name]!r:.200}")
     return Message(kind, fields, content[header_bytes:])

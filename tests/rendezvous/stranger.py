@@ -19,7 +19,7 @@ WORDS = [b"", handshake.MAGIC, b"GET / HTTP/1.1\r\n\r\n" + bytes(1000), bytes(ha
 def main() -> None:
     port, strangers, at_once = map(int, sys.argv[1:])
     key = bytes.fromhex(sys.stdin.readline())
-    print("the crowd comes", flush=True)
+    say("the crowd comes")
     sys.stdin.readline()
     crowd: deque[socket.socket] = deque()
     for number in range(strangers):
@@ -30,11 +30,16 @@ def main() -> None:
             pass  # It was sent away already.
         if len(crowd) > at_once:
             crowd.popleft().close()
-    print("the crowd is there", flush=True)
+    say("the crowd is there")
     agent = Connection(("127.0.0.1", port), key)
     agent.send("say", word="I hold the key")
-    print(agent.receive(60).fields["word"], flush=True)
+    say(agent.receive(60).fields["word"])
     agent.close()
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

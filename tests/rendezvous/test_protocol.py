@@ -194,6 +194,36 @@ def test_a_header_that_is_no_message_is_a_protocol_error(header):
         list(Codec().feed(struct.pack(">II", len(header), 0) + header))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": 1.5},
+        {"rank": True},
+        {"epoch": float("inf")},
+        {"step": "3"},
+        {"phase": ["train"]},
+        {"line": 3},
+        {"cause": {"no": "text"}},
+        {"cause": None},
+        {"log_tail": "text"},
+        {"consequence": 1},
+    ],
+)
+def test_a_field_of_another_type_than_its_name_says_is_a_protocol_error(fields):
+    with pytest.raises(ProtocolError, match=f"'failed' message with {next(iter(fields))}="):
+        list(Codec().feed(Codec().encode(Message("failed", fields))))
+
+
+def test_an_error_about_a_message_does_not_repeat_all_of_it():
+    for message in (
+        Message("x" * 100_000, {"rank": "y" * 100_000}),
+        Message("failed", {"kind": 3, "cause": [0] * 100_000}),
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            list(Codec().feed(Codec().encode(message)))
+        assert len(str(caught.value)) < 1000
+
+
 def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
     code = "import sys; import allreduce_spark.rendezvous.protocol; print(json.dumps(sorted(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, check=True, timeout=60)
