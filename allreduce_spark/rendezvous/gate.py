@@ -154,23 +154,24 @@ class Gate:
         """One connection, from its first byte to its last."""
         task = asyncio.current_task()
         assert task is not None
-        codec = None
+        admission = None
         try:
-            codec = await asyncio.wait_for(self._shake_hands(sock), HANDSHAKE_S)
+            admission = await asyncio.wait_for(self._shake_hands(sock), HANDSHAKE_S)
         except (asyncio.TimeoutError, AuthenticationError, OSError) as error:
             self._refusals.add(self._strangers.get(task, "somebody"), str(error) or type(error).__name__)
         finally:
             self._strangers.pop(task, None)
-            if codec is None:
+            if admission is None:
                 sock.close()
-        if codec is not None:
+        if admission is not None:
             self._guests.add(task)
             try:
-                await self._welcome(sock, codec)
+                await self._welcome(sock, *admission)
             finally:
                 self._guests.discard(task)
 
-    async def _shake_hands(self, sock: socket.socket) -> Codec:
+    async def _shake_hands(self, sock: socket.socket) -> tuple[bytes, Codec]:
+        """The reply that lets the agent in, still to be sent, and the codec for what follows."""
         nonce = secrets.token_bytes(handshake.NONCE_BYTES)
         await self._loop.sock_sendall(sock, handshake.challenge(nonce))
         answer = b""
@@ -179,13 +180,12 @@ class Gate:
             if not data:
                 raise AuthenticationError("it hung up")
             answer += data
-        reply, codec = handshake.check_answer(self._key, nonce, answer)
-        await self._loop.sock_sendall(sock, reply)
-        return codec
+        return handshake.check_answer(self._key, nonce, answer)
 
-    async def _welcome(self, sock: socket.socket, codec: Codec) -> None:
+    async def _welcome(self, sock: socket.socket, reply: bytes, codec: Codec) -> None:
         reader, writer = await asyncio.open_connection(sock=sock, limit=READ_BYTES)
         try:
+            writer.write(reply)  # Only now: what the agent says next is heard as soon as it comes.
             await self._attend(Guest(reader, writer, codec))
         finally:
             writer.close()

@@ -16,6 +16,7 @@ the driver lets an error of its own show or leaves a fit without an outcome, and
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -38,33 +39,10 @@ from allreduce_spark.rendezvous.server import Rendezvous
 KEY = b"k" * 32
 KINDS = ["hello", "heartbeat", "join", "pmi", "log", "progress", "result", "failed", "done", "saved", "stack", "abort"]
 NAMES = [
-    "rank",
-    "host",
-    "host_key",
-    "phase",
-    "epoch",
-    "step",
-    "rows",
-    "validation_rows",
-    "spec",
-    "line",
-    "error",
-    "cause",
-    "log_tail",
-    "consequence",
-    "generation",
-    "kind",
-    "shards",
-    "saved",
-    "id",
-    "file",
-    "bytes",
-    "sha256",
-    "logs",
-    "agent",
-    "message",
-    "self",
-]
+    "rank", "host", "host_key", "phase", "epoch", "step", "rows", "validation_rows", "spec", "line", "error", "cause",
+    "log_tail", "consequence", "generation", "kind", "shards", "saved", "id", "file", "bytes", "sha256", "logs",
+    "agent", "message", "self",
+]  # fmt: skip
 LINES = [
     "cmd=init pmi_version=1 pmi_subversion=1",
     "cmd=get_maxes",
@@ -279,9 +257,9 @@ def main() -> None:
     if arguments.trace:
         tracemalloc.start()
         _run(fuzz, arguments.frames // 10)
-    resident, traced = _resident_bytes(), tracemalloc.get_traced_memory()[0]
+    resident, traced = _memory()
     _run(fuzz, arguments.frames)
-    growth, traced_growth = _resident_bytes() - resident, tracemalloc.get_traced_memory()[0] - traced
+    growth, traced_growth = (after - before for after, before in zip(_memory(), (resident, traced), strict=True))
     for outcome, count in sorted(fuzz.outcomes.items()):
         sys.stdout.write(f"{count:>9}  {outcome}\n")
     sys.stdout.write(
@@ -301,9 +279,12 @@ def _run(fuzz: Fuzz, frames: int) -> None:
         left -= BATCH
 
 
-def _resident_bytes() -> int:
+def _memory() -> tuple[int, int]:
+    """Bytes that are resident, and bytes that Python has allocated where that is traced."""
+    gc.collect()
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resident, tracemalloc.get_traced_memory()[0]
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ def _listens(door: Door) -> bool:
         stranger_at(door).close()
     except ConnectionRefusedError:
         return False
+    except ConnectionResetError:
+        pass  # It was closed in this moment.
     return True
 
 
