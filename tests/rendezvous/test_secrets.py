@@ -29,8 +29,17 @@ def test_no_object_shows_the_key_when_it_is_printed(shows_key):
     answer = Answer(KEY, challenge(NONCE))
     reply, codec = check_answer(KEY, NONCE, answer.data)
     task = AgentTask(
-        rank=0, num_ranks=1, address=("h", 1), key=KEY, timeouts=Timeouts(), local_size=1, task_cpus=1, gpus=None, files={}
-    )  # fmt: skip
+        rank=0,
+        num_ranks=1,
+        shards=(0,),
+        address=("h", 1),
+        key=KEY,
+        timeouts=Timeouts(),
+        local_size=1,
+        task_cpus=1,
+        gpus=None,
+        files={},
+    )
     rendezvous = Rendezvous(1, KEY, Timeouts(), approve=lambda joins: {})
     things = [
         task,
