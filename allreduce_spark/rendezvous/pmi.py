@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 NAME_LIMIT: Final = 256
 KEY_LIMIT: Final = 64
 VALUE_LIMIT: Final = 1024
+KEYS_PER_RANK: Final = 1024  # MPICH puts a handful
 
 _MAPPING_KEY: Final = "PMI_process_mapping"
 
@@ -132,6 +133,8 @@ class KeySpace:
             return f"rc=-1 msg=key_not_of_1_to_{KEY_LIMIT - 1}_bytes"
         if len(value.encode()) >= VALUE_LIMIT:
             return f"rc=-1 msg=value_longer_than_{VALUE_LIMIT - 1}_bytes"
+        if key not in self._values and len(self._values) >= KEYS_PER_RANK * self.size:
+            return "rc=-1 msg=too_many_keys"
         self._values[key] = value
         return "rc=0 msg=success"
 

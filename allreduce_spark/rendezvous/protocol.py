@@ -41,6 +41,8 @@ _TYPES_OF_FIELDS: dict[str, tuple[type, ...]] = {
     "phase": (str, type(None)),
     "epoch": (int, type(None)),
     "step": (int, type(None)),
+    "waited_s": (int, float),
+    "is_waiting": (bool,),
     "line": (str,),
     "error": (str,),
     "cause": (str,),
@@ -161,6 +163,8 @@ def _parse(content: bytes, header_bytes: int) -> Message:
     if not isinstance(kind, str):
         raise ProtocolError(f"received a frame whose kind is {kind!r:.200}")
     for name in _TYPES_OF_FIELDS.keys() & fields.keys():
-        if type(fields[name]) not in _TYPES_OF_FIELDS[name]:  # `isinstance` would take True for a number.
-            raise ProtocolError(f"received a '{kind:.200}' message with {name}={fields[name]!r:.200}")
+        value = fields[name]
+        # `isinstance` would take True for a number; and numbers are to fit where C code or a float takes them.
+        if type(value) not in _TYPES_OF_FIELDS[name] or (type(value) is int and not -(2**63) <= value < 2**63):
+            raise ProtocolError(f"received a '{kind:.200}' message with {name}={value!r:.200}")
     return Message(kind, fields, content[header_bytes:])

@@ -24,8 +24,9 @@ import random
 import sys
 import time
 import tracemalloc
+import types
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +35,18 @@ from allreduce_spark.errors import AuthenticationError, ProtocolError
 from allreduce_spark.rendezvous import handshake
 from allreduce_spark.rendezvous.handshake import Answer, SessionCipher, challenge, check_answer
 from allreduce_spark.rendezvous.protocol import Codec, Message, Phase
+from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.rendezvous.server import Rendezvous
 
 KEY = b"k" * 32
-KINDS = ["hello", "heartbeat", "join", "pmi", "log", "progress", "result", "failed", "done", "saved", "stack", "abort"]
+KINDS = [
+    "hello", "heartbeat", "join", "pmi", "log", "progress", "result", "failed", "done", "saved", "save_failed", "stack",
+    "abort",
+]  # fmt: skip
 NAMES = [
     "rank", "host", "host_key", "phase", "epoch", "step", "rows", "validation_rows", "spec", "line", "error", "cause",
     "log_tail", "consequence", "generation", "kind", "shards", "saved", "id", "file", "bytes", "sha256", "logs",
-    "agent", "message", "self",
+    "regroups", "shard", "is_waiting", "waited_s", "agent", "message", "self",
 ]  # fmt: skip
 LINES = [
     "cmd=init pmi_version=1 pmi_subversion=1",
@@ -93,9 +98,12 @@ def sensible(rng: random.Random, kind: str) -> dict[str, Any]:
         case "hello":
             return {"rank": rng.randrange(2), "host": "host"}
         case "heartbeat":
-            return place
+            return {**place, "is_waiting": rng.random() < 0.5, "waited_s": rng.random()}
         case "join":
-            return {"host_key": "a", "rows": 1, "validation_rows": 0, "spec": None, "validation_spec": None}
+            shard = {"shard": 0, "rows": 1, "validation_rows": 0, "spec": None, "validation_spec": None}
+            if rng.random() < 0.1:
+                shard[rng.choice(list(shard))] = value(rng)
+            return {"host_key": "a", "shards": [shard] * rng.randrange(3), "saved": ["000001-00000000"]}
         case "pmi":
             return {"line": rng.choice(LINES)}
         case "failed":
@@ -103,17 +111,17 @@ def sensible(rng: random.Random, kind: str) -> dict[str, Any]:
     return {}
 
 
-def message(rng: random.Random) -> Message:
-    """One that makes sense, half of the time; in others something is too much, missing or of another type."""
+def message(rng: random.Random, madness: float = 0.5) -> Message:
+    """One that makes sense, but for a share `madness`: there something is too much, missing or of another type."""
     kind = rng.choice(KINDS)
     fields = sensible(rng, kind)
-    while rng.random() < 0.5:
+    while rng.random() < madness:
         fields[rng.choice([*fields, *NAMES])] = value(rng)
         if rng.random() < 0.3:
             del fields[rng.choice(list(fields))]
     fields.pop("kind", None)
     body = rng.randbytes(rng.randrange(50)) if rng.random() < 0.2 else b""
-    return Message(kind if rng.random() < 0.95 else rng.choice(["", "x", "\ud800"]), fields, body)
+    return Message(kind if rng.random() > madness / 10 else rng.choice(["", "x", "\ud800"]), fields, body)
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -192,11 +200,17 @@ def fuzz_handshake(fuzz: Fuzz, count: int) -> None:
             fuzz.note("handshake", "accepted, for it was not changed in the end")
 
 
+@types.coroutine
+def _let_others_speak() -> Generator[None, None, None]:
+    yield
+
+
 class MadAgent:
     """What the gate would give to the rendezvous for an agent that says anything."""
 
     def __init__(self, fuzz: Fuzz, count: int) -> None:
         self._fuzz, self._count = fuzz, count
+        self._madness = fuzz.rng.choice([0.02, 0.5])
         self._agent, self._driver = Codec(), Codec()
 
     def send(self, kind: str, **fields: Any) -> None:
@@ -204,10 +218,11 @@ class MadAgent:
 
     async def messages(self) -> AsyncIterator[Message]:
         for number in range(self._count):
-            said = message(self._fuzz.rng)
+            said = message(self._fuzz.rng, self._madness)
             if number < 2 and self._fuzz.rng.random() < 0.9:
                 kind = ("hello", "join")[number]
                 said = Message(kind, sensible(self._fuzz.rng, kind))
+            await _let_others_speak()
             for heard in self._driver.feed(self._agent.encode(said)):
                 self._fuzz.note("handlers", "heard")
                 yield heard
@@ -217,13 +232,17 @@ def fuzz_handlers(fuzz: Fuzz, count: int) -> None:
     """Fits of one and of two ranks whose agents have gone mad, one after the other, until `count` messages were heard."""
     before = fuzz.outcomes["handlers: heard"]
     while fuzz.outcomes["handlers: heard"] - before < count:
-        rendezvous = Rendezvous(fuzz.rng.choice([1, 2]), KEY, Timeouts(), approve=lambda joins: {"spec": None})
-        for _ in range(3):
+        restarts = Restarts(fuzz.rng.choice([0, 3]))
+        num_ranks = fuzz.rng.choice([1, 2])
+        rendezvous = Rendezvous(num_ranks, KEY, Timeouts(), approve=lambda joins: {"spec": None}, restarts=restarts)
+        agents = [MadAgent(fuzz, fuzz.rng.randrange(1, MESSAGES_PER_FIT)) for _ in range(num_ranks + 1)]
+        talks = [rendezvous._attend(agent) for agent in agents]  # type: ignore[arg-type]
+        while talks:
+            talk = fuzz.rng.choice(talks)
             try:
-                # With this guest nothing is ever waited for, so no loop needs to run.
-                rendezvous._attend(MadAgent(fuzz, fuzz.rng.randrange(1, MESSAGES_PER_FIT))).send(None)  # type: ignore[arg-type]
+                talk.send(None)  # These guests wait for nothing but their turn, so no loop needs to run.
             except StopIteration:
-                pass
+                talks.remove(talk)
         failure = rendezvous.failure
         if failure is not None and failure.cause.startswith("on the driver"):
             raise AssertionError(f"an error of the driver's own: {failure.cause}")

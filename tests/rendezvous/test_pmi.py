@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allreduce_spark.errors import ProtocolError, RankFailedError
+from allreduce_spark.rendezvous import pmi
 from allreduce_spark.rendezvous.pmi import (
     KEY_LIMIT,
     NAME_LIMIT,
@@ -204,3 +205,10 @@ def test_the_environment_makes_a_process_one_rank_and_hides_other_launchers():
         "PMI_SPAWNED": "0",
         "MPIR_CVAR_PMI_VERSION": "1",
     }
+
+
+def test_a_rank_that_puts_keys_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(pmi, "KEYS_PER_RANK", 2)
+    keys = KeySpace("names", 1, "(vector,(0,1,1))")
+    answers = [keys.answer(0, f"cmd=put kvsname=names key=k{number} value=v")[0][1] for number in (0, 0, 1, 2, 1)]
+    assert [answer.partition("rc=")[2][:2] for answer in answers] == ["0 ", "0 ", "0 ", "-1", "0 "]

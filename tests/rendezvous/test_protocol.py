@@ -201,6 +201,8 @@ def test_a_header_that_is_no_message_is_a_protocol_error(header):
         {"rank": True},
         {"epoch": float("inf")},
         {"step": "3"},
+        {"step": 2**63},
+        {"waited_s": 10**400},
         {"phase": ["train"]},
         {"line": 3},
         {"cause": {"no": "text"}},
