@@ -39,8 +39,9 @@ class Membership:
         world: The rank's place in the group.
         generation: Which launch of the ranks within one fit, from 0. Every generation has a key space of its own.
         key_space: Name of the PMI key space; unique for ever, because MPICH derives shared-memory names from it.
-        rows: Training rows in the shard of each rank, in rank order.
-        validation_rows: Rows of the validation set in the shard of each rank; all 0 where there is none.
+        rows: Training rows of each shard of the fit. There are as many shards as ranks, or more where ranks were lost: shard s
+            belongs to rank s % world_size.
+        validation_rows: Rows of the validation set in each shard; all 0 where there is none.
     """
 
     world: World

@@ -1,11 +1,16 @@
-"""One Spark session with two slots for all tests that ask for it; without Java they are skipped."""
+"""What tests of several rooms share: one Spark session with two slots, and a look for keys where none may be.
+
+Without Java, the tests that ask for the session are skipped.
+"""
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -46,3 +51,30 @@ def spark(own_temporary_folder: str) -> Iterator[SparkSession]:
     session.sparkContext.setLogLevel("ERROR")  # what tests provoke need not be printed
     yield session
     session.stop()
+
+
+@pytest.fixture
+def shows_key() -> Callable[[bytes, str | bytes], bool]:
+    """Whether a text, or bytes, show a key: as it is, or in one of the forms in which bytes get into a text."""
+
+    def shows(key: bytes, text: str | bytes) -> bool:
+        data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
+        forms = [key, key.hex().encode(), key.hex().upper().encode(), repr(key)[2:-1].encode()]
+        forms += [
+            base64.b64encode(key).rstrip(b"="),
+            base64.urlsafe_b64encode(key).rstrip(b"="),
+            repr(list(key)).encode(),
+        ]
+        return any(form in data for form in forms)
+
+    return shows
+
+
+@pytest.fixture
+def process_shows_key(shows_key: Callable[[bytes, str | bytes], bool]) -> Callable[[bytes, int], bool]:
+    """Whether the environment or the command line of a process show a key."""
+
+    def shows(key: bytes, pid: int) -> bool:
+        return any(shows_key(key, Path(f"/proc/{pid}/{name}").read_bytes()) for name in ("environ", "cmdline"))
+
+    return shows

@@ -27,6 +27,7 @@ DOORS = {
     "tensorflow": ["training/"],
     "mpi4py": ["communicator/mpi.py"],
     "horovod": ["communicator/horovod.py"],
+    "cryptography": ["rendezvous/handshake.py"],
 }
 STANDARD_LIBRARY_ONLY = ["__init__.py", "errors.py", "world.py", "config.py"]
 

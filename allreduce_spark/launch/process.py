@@ -119,7 +119,7 @@ class RankProcess:
     def how_it_ended(self) -> str:
         """For people; only after `has_ended`."""
         code = self._exit_code
-        who = "the warm process, of which the rank was forked," if self._died_with_warm else "the rank process"
+        who = "the warm process, from which the rank was forked," if self._died_with_warm else "the rank process"
         if code is None or code >= 0:
             return f"{who} ended with exit code {code} before its work was done"
         try:

@@ -52,17 +52,25 @@ class Place:
     def read(self) -> dict[str, Any]:
         """As heartbeats tell it."""
         phase, epoch, step = self._status.read()
+        is_waiting, waited_s = self._status.read_waiting()
         return {
             "generation": self.generation,
             "phase": (self.phase or phase).value,
             "epoch": epoch,
             "step": step,
+            "is_waiting": is_waiting,
+            "waited_s": waited_s,
         }
 
     def restart(self, generation: int) -> None:
         """The rank is dead, and another one is to come."""
         self.generation, self.phase = generation, Phase.RESTART
         self._status.write(Phase.IMPORT)
+        self._status.write_waiting(False, 0.0)
+        self._status.ask_to_regroup(False)
+
+    def ask_to_regroup(self) -> None:
+        self._status.ask_to_regroup()
 
     def at_failure(self) -> dict[str, Any]:
         """As reports of a failure tell it: what the rank itself has said last."""
@@ -192,6 +200,8 @@ class Relay:
                 case "dump":
                     self._rank.dump_stack()
                     self._stack_at = time.monotonic() + STACK_S
+                case "regroup":
+                    self._place.ask_to_regroup()
                 case "finish":
                     self._finished = True
 

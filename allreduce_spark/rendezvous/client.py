@@ -16,8 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from allreduce_spark.errors import AuthenticationError, RendezvousError, RendezvousTimeoutError
-from allreduce_spark.rendezvous import protocol
+from allreduce_spark.errors import RendezvousError, RendezvousTimeoutError
+from allreduce_spark.rendezvous import handshake
 from allreduce_spark.rendezvous.protocol import Codec, Message
 
 __all__ = ["Channel", "Connection"]
@@ -60,7 +60,8 @@ class Channel:
         except OSError as error:  # A ConnectionError, or "timed out" and "no route" where a host has vanished.
             raise EOFError(str(error)) from error
         if not data:
-            raise EOFError("the other end closed the connection")
+            where = "" if self._codec.is_between_messages else " in the middle of a message"
+            raise EOFError(f"the other end closed the connection{where}")
         return list(self._codec.feed(data))
 
     def receive(self, timeout_s: float) -> Message:
@@ -91,28 +92,13 @@ class Connection(Channel):
     """
 
     def __init__(self, address: tuple[str, int], key: bytes) -> None:
-        """Connect and prove that both ends hold `key`.
+        """Connect and prove that both ends hold `key`, within `CONNECT_S`.
 
         Raises:
-            RendezvousError: The driver cannot be reached.
+            RendezvousError: The driver cannot be reached, or hangs up each time.
             AuthenticationError: Whoever listens there does not hold the key.
         """
-        try:
-            sock = socket.create_connection(address, timeout=CONNECT_S)
-        except OSError as error:
-            raise RendezvousError(
-                f"{socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} ({error}). Executors must be "
-                "able to open TCP connections to the driver: see spark.driver.host, and firewalls between them."
-            ) from error
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            codec = _authenticate(sock, key)
-        except (OSError, EOFError) as error:
-            sock.close()
-            raise RendezvousError(f"the driver at {address[0]}:{address[1]} hung up: {error}") from error
-        except RendezvousError:
-            sock.close()
-            raise
+        sock, codec = _connect(address, key)
         sock.settimeout(SEND_S)
         super().__init__(sock, codec)
         self.local_address: str = sock.getsockname()[0]
@@ -162,18 +148,43 @@ class Connection(Channel):
         super().close()
 
 
-def _authenticate(sock: socket.socket, key: bytes) -> Codec:
-    received = _read_exactly(sock, protocol.CHALLENGE_BYTES)
-    answer, expected_proof, codec = protocol.answer_challenge(key, received, secrets.token_bytes(protocol.NONCE_BYTES))
-    sock.sendall(answer)
-    if not secrets.compare_digest(_read_exactly(sock, protocol.PROOF_BYTES), expected_proof):
-        raise AuthenticationError("whoever listens at the driver's address does not hold the key of this fit")
-    return codec
+def _connect(address: tuple[str, int], key: bytes) -> tuple[socket.socket, Codec]:
+    """Connect and authenticate; try again where the driver hangs up, because strangers crowd its door."""
+    deadline = time.monotonic() + CONNECT_S
+    pause_s = 0.05
+    while True:
+        try:
+            sock = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+        except OSError as error:
+            raise RendezvousError(
+                f"{socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} ({error}). Executors must be "
+                "able to open TCP connections to the driver: see spark.driver.host, and firewalls between them."
+            ) from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock, _authenticate(sock, key, deadline)
+        except (OSError, EOFError) as error:
+            sock.close()
+            if time.monotonic() + pause_s > deadline:
+                raise RendezvousError(f"the driver at {address[0]}:{address[1]} hung up: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        # Agents that were sent away together should not come back together.
+        time.sleep(secrets.SystemRandom().uniform(pause_s / 2, pause_s))
+        pause_s = min(2 * pause_s, 1.0)
 
 
-def _read_exactly(sock: socket.socket, count: int) -> bytes:
+def _authenticate(sock: socket.socket, key: bytes, deadline: float) -> Codec:
+    answer = handshake.Answer(key, _read_exactly(sock, handshake.CHALLENGE_BYTES, deadline))
+    sock.sendall(answer.data)
+    return answer.check(_read_exactly(sock, handshake.REPLY_BYTES, deadline))
+
+
+def _read_exactly(sock: socket.socket, count: int, deadline: float) -> bytes:
     data = b""
     while len(data) < count:
+        sock.settimeout(max(0.01, deadline - time.monotonic()))
         piece = sock.recv(count - len(data))
         if not piece:
             raise EOFError("the connection ended during authentication")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,11 @@ __all__ = [
     "overdue",
     "shards_of",
     "stalled_for_long",
+    "stragglers",
 ]
+
+STEPS_TO_MEASURE = 10
+SLOW, SLOW_S = 1.5, 0.02  # a rank is slow that takes so many times as long as others, and so much longer
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Station:
     """Where one rank is: what its agent last said, and when (seconds of a monotonic clock).
 
     `changed_at` is when phase, epoch or step last moved on; `heard_at` is the last sign of life of the agent. `warned` says
-    whether the log has named it for not going on, and `stack` is what its rank was doing then.
+    whether the log has named it for not going on, and `stack` is what its rank was doing then. `is_waiting` says whether the
+    rank waits for others, and `step_s` how long it worked for one step, of late, without the waiting.
     """
 
     rank: int
@@ -103,6 +109,25 @@ class Station:
     warned: bool = False
     stack: tuple[str, ...] = ()
     join: Join | None = None
+    is_waiting: bool = False
+    step_s: float | None = None
+    called_slow: bool = False
+    _measured: tuple[float, float, int, int] | None = None
+
+    def note_waiting(self, is_waiting: bool, waited_s: float, epoch: int, step: int, now: float) -> None:
+        """Take from a heartbeat how the rank spends its time.
+
+        Args:
+            is_waiting: Whether it is in a collective.
+            waited_s: How long it has been in collectives in all.
+        """
+        self.is_waiting = is_waiting
+        if self._measured is None or epoch != self._measured[2] or step < self._measured[3]:
+            self._measured = now, waited_s, epoch, step
+        elif step >= self._measured[3] + STEPS_TO_MEASURE:
+            before, waited_before, _, step_before = self._measured
+            self.step_s = max(0.0, now - before - (waited_s - waited_before)) / (step - step_before)
+            self._measured = now, waited_s, epoch, step
 
     def move_to(self, phase: Phase, epoch: int, step: int, now: float) -> None:
         if phase in (Phase.SPOOL, Phase.RESTART, Phase.JOIN) and _ORDER[phase] < _ORDER[self.phase]:
@@ -225,7 +250,9 @@ def laggards(stations: Sequence[Station]) -> list[Station]:
     """
     working = [station for station in stations if not station.done and station.phase is not Phase.JOIN]
     furthest_behind = min((station.place for station in working), default=None)
-    return sorted((station for station in working if station.place == furthest_behind), key=lambda each: each.rank)
+    behind = [station for station in working if station.place == furthest_behind]
+    busy = [station for station in behind if not station.is_waiting]  # the others wait for these, in the same step
+    return sorted(busy or behind, key=lambda station: station.rank)
 
 
 def stalled_for_long(stations: Sequence[Station], now: float, timeouts: Timeouts) -> list[Station]:
@@ -234,6 +261,26 @@ def stalled_for_long(stations: Sequence[Station], now: float, timeouts: Timeouts
     if not last or now - max(station.changed_at for station in last) <= timeouts.stall_warning_s:
         return []
     return [station for station in last if not station.warned]
+
+
+def stragglers(stations: Sequence[Station]) -> list[str]:
+    """What to say, once, of ranks that keep the others waiting at every step, because they work so much longer for it."""
+    measured = [station for station in stations if station.step_s is not None]
+    if len(measured) < 2:
+        return []
+    usual = statistics.median(station.step_s or 0.0 for station in measured)
+    slow = [
+        station
+        for station in measured
+        if not station.called_slow and (station.step_s or 0.0) > max(SLOW * usual, usual + SLOW_S)
+    ]
+    for station in slow:
+        station.called_slow = True
+    return [
+        f"rank {station.rank} on {station.host} works {1000 * (station.step_s or 0.0):.0f} ms for a step, the ranks in the "
+        f"middle {1000 * usual:.0f} ms, and all wait for it: is its machine slower, or busy with something else?"
+        for station in slow
+    ]
 
 
 def _stalled(behind: Sequence[Station], now: float, timeouts: Timeouts) -> Failure | None:

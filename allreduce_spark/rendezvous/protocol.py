@@ -6,52 +6,47 @@ A frame is
     body length     4 bytes, big endian
     header          JSON: {"kind": ..., and the fields of that kind}
     body            raw bytes; most kinds have none
-    tag             16 bytes of HMAC-SHA256 over (sequence number, all of the above); on the network only
+    tag             16 bytes; on the network only
 
-Before the first frame on the network the two ends prove to each other that they hold the key of the fit, without sending
-it (challenge and response, RFC 2104 HMAC over both nonces):
-
-    driver -> agent   magic, driver's nonce
-    agent  -> driver  magic, agent's nonce, HMAC(key, "agent"  | driver's nonce | agent's nonce)
-    driver -> agent   HMAC(key, "driver" | driver's nonce | agent's nonce)
-
-The tag's key is derived from key and nonces for each direction, and the sequence number counts frames, so a frame can be
-neither changed, nor left out, nor sent again, nor sent back. Frames are *not* encrypted in this version.
+On the network a `Cipher` encrypts header and body and makes the tag, which holds for the lengths and for the frame's
+number as well: so a frame can be neither read nor changed, nor left out, nor sent again, nor sent back. `handshake` says
+where its keys come from. The channel between an agent and its rank is a socket pair inside one machine, and has no cipher.
 Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol
 
-from allreduce_spark.errors import AuthenticationError, ProtocolError
+from allreduce_spark.errors import ProtocolError
 
-__all__ = [
-    "MAX_BODY_BYTES",
-    "NONCE_BYTES",
-    "Codec",
-    "Message",
-    "Phase",
-    "answer_challenge",
-    "check_answer",
-    "session_codec",
-]
+__all__ = ["MAX_BODY_BYTES", "MAX_HEADER_BYTES", "Cipher", "Codec", "Message", "Phase"]
 
-MAGIC = b"allreduce_spark/1"
-NONCE_BYTES = 32
-PROOF_BYTES = 32
-CHALLENGE_BYTES = len(MAGIC) + NONCE_BYTES
-ANSWER_BYTES = len(MAGIC) + NONCE_BYTES + PROOF_BYTES
-TAG_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 22
+TAG_BYTES = 16
 _LENGTHS = struct.Struct(">II")
+
+# A name means the same in every message. Whoever receives one of these need not look at its type again.
+_TYPES_OF_FIELDS: dict[str, tuple[type, ...]] = {
+    "rank": (int, type(None)),
+    "host": (str, type(None)),
+    "host_key": (str,),
+    "generation": (int,),
+    "phase": (str, type(None)),
+    "epoch": (int, type(None)),
+    "step": (int, type(None)),
+    "line": (str,),
+    "error": (str,),
+    "cause": (str,),
+    "log_tail": (list,),
+    "consequence": (bool,),
+}
 
 
 class Phase(str, Enum):
@@ -85,17 +80,36 @@ class Message:
     body: bytes = b""
 
 
+class Cipher(Protocol):
+    """Both directions of one private connection. It counts the frames of each, so each frame is to be given to it once."""
+
+    def seal(self, content: bytes, lengths: bytes) -> bytes:
+        """Encrypt the next frame's content; the tag at its end holds for `lengths` too."""
+
+    def unseal(self, sealed: bytes | bytearray | memoryview, lengths: bytes) -> bytes:
+        """The content of the next frame.
+
+        Raises:
+            ProtocolError: It is not what the other end sealed as its next frame.
+        """
+
+
 class Codec:
     """Both directions of one connection: `encode` what is sent, `feed` what is received.
 
     Args:
-        send_key, receive_key: Keys of the tags; empty where the connection needs none (a socket pair of one machine).
+        cipher: Keeps the frames private; None where the connection does not leave the machine.
     """
 
-    def __init__(self, send_key: bytes = b"", receive_key: bytes = b"") -> None:
-        self._send_key, self._receive_key = send_key, receive_key
-        self._sent = self._received = 0
+    def __init__(self, cipher: Cipher | None = None) -> None:
+        self._cipher = cipher
+        self._tag_bytes = TAG_BYTES if cipher else 0
         self._buffer = bytearray()
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether all bytes received so far belong to complete messages."""
+        return not self._buffer
 
     def encode(self, message: Message) -> bytes:
         """Turn a message into one frame.
@@ -112,87 +126,41 @@ class Codec:
                 f"a '{message.kind}' message of {len(header)} + {len(message.body)} bytes is over the limit of "
                 f"{MAX_HEADER_BYTES} + {MAX_BODY_BYTES}"
             )
-        frame = b"".join((_LENGTHS.pack(len(header), len(message.body)), header, message.body))
-        tag = _tag(self._send_key, self._sent, frame) if self._send_key else b""
-        self._sent += 1
-        return frame + tag
+        lengths = _LENGTHS.pack(len(header), len(message.body))
+        if self._cipher is None:
+            return b"".join((lengths, header, message.body))
+        return lengths + self._cipher.seal(header + message.body, lengths)
 
     def feed(self, data: bytes) -> Iterator[Message]:
         """Yield the messages that are complete once `data` has been received.
 
         Raises:
-            ProtocolError: The bytes are no frame, are over the limits, or were tampered with.
+            ProtocolError: The bytes are no frame, are over the limits, or were tampered with. The connection cannot be
+                used any more.
         """
         self._buffer += data
-        tag_bytes = TAG_BYTES if self._receive_key else 0
         while len(self._buffer) >= _LENGTHS.size:
             header_bytes, body_bytes = _LENGTHS.unpack_from(self._buffer)
             if header_bytes > MAX_HEADER_BYTES or body_bytes > MAX_BODY_BYTES:
                 raise ProtocolError(f"received a frame that claims {header_bytes} + {body_bytes} bytes: over the limit")
-            end = _LENGTHS.size + header_bytes + body_bytes
-            if len(self._buffer) < end + tag_bytes:
+            end = _LENGTHS.size + header_bytes + body_bytes + self._tag_bytes
+            if len(self._buffer) < end:
                 return
-            frame, tag = bytes(self._buffer[:end]), bytes(self._buffer[end : end + tag_bytes])
-            del self._buffer[: end + tag_bytes]
-            if tag_bytes and not hmac.compare_digest(tag, _tag(self._receive_key, self._received, frame)):
-                raise ProtocolError("received a frame whose authentication tag is wrong")
-            self._received += 1
-            yield _parse(frame, header_bytes)
+            with memoryview(self._buffer) as view, view[_LENGTHS.size : end] as rest:
+                content = self._cipher.unseal(rest, bytes(view[: _LENGTHS.size])) if self._cipher else bytes(rest)
+            del self._buffer[:end]
+            yield _parse(content, header_bytes)
 
 
-def _tag(key: bytes, sequence: int, frame: bytes) -> bytes:
-    return hmac.digest(key, sequence.to_bytes(8, "big") + frame, "sha256")[:TAG_BYTES]
-
-
-def _parse(frame: bytes, header_bytes: int) -> Message:
-    start = _LENGTHS.size
+def _parse(content: bytes, header_bytes: int) -> Message:
     try:
-        fields = json.loads(frame[start : start + header_bytes])
+        fields = json.loads(content[:header_bytes])
         kind = fields.pop("kind")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ProtocolError(f"received a frame whose header is no message: {error}") from error
     if not isinstance(kind, str):
-        raise ProtocolError(f"received a frame whose kind is {kind!r}")
-    return Message(kind, fields, frame[start + header_bytes :])
-
-
-def challenge(driver_nonce: bytes) -> bytes:
-    """The driver's first bytes on a new connection."""
-    return MAGIC + driver_nonce
-
-
-def answer_challenge(key: bytes, received: bytes, agent_nonce: bytes) -> tuple[bytes, bytes, Codec]:
-    """The agent's answer to `received`, the proof that the driver must send next, and the codec for what follows.
-
-    Raises:
-        ProtocolError: `received` is no challenge.
-    """
-    if len(received) != CHALLENGE_BYTES or not received.startswith(MAGIC):
-        raise ProtocolError("the other end does not speak this protocol, or another version of it")
-    driver_nonce = received[len(MAGIC) :]
-    nonces = driver_nonce + agent_nonce
-    answer = MAGIC + agent_nonce + _proof(key, b"agent", nonces)
-    return answer, _proof(key, b"driver", nonces), session_codec(key, nonces, driver=False)
-
-
-def check_answer(key: bytes, driver_nonce: bytes, answer: bytes) -> tuple[bytes, Codec]:
-    """The driver's proof, and the codec for what follows, if `answer` shows that the agent holds `key`.
-
-    Raises:
-        AuthenticationError: It does not.
-    """
-    agent_nonce = answer[len(MAGIC) : len(MAGIC) + NONCE_BYTES]
-    nonces = driver_nonce + agent_nonce
-    if not hmac.compare_digest(answer, MAGIC + agent_nonce + _proof(key, b"agent", nonces)):
-        raise AuthenticationError("a connection to the rendezvous did not hold the key of this fit")
-    return _proof(key, b"driver", nonces), session_codec(key, nonces, driver=True)
-
-
-def session_codec(key: bytes, nonces: bytes, *, driver: bool) -> Codec:
-    """The codec of one authenticated connection, for the driver's or the agent's end."""
-    to_agent, to_driver = _proof(key, b"to agent", nonces), _proof(key, b"to driver", nonces)
-    return Codec(to_agent, to_driver) if driver else Codec(to_driver, to_agent)
-
-
-def _proof(key: bytes, purpose: bytes, nonces: bytes) -> bytes:
-    return hmac.digest(key, purpose + b"|" + nonces, "sha256")
+        raise ProtocolError(f"received a frame whose kind is {kind!r:.200}")
+    for name in _TYPES_OF_FIELDS.keys() & fields.keys():
+        if type(fields[name]) not in _TYPES_OF_FIELDS[name]:  # `isinstance` would take True for a number.
+            raise ProtocolError(f"received a '{kind:.200}' message with {name}={fields[name]!r:.200}")
+    return Message(kind, fields, content[header_bytes:])

@@ -40,6 +40,7 @@ from allreduce_spark.rendezvous.group import (
     nodes_of,
     overdue,
     stalled_for_long,
+    stragglers,
 )
 from allreduce_spark.rendezvous.protocol import Message, Phase
 from allreduce_spark.rendezvous.recovery import Restarts, place_of
@@ -81,6 +82,10 @@ class Rendezvous:
             that have come count no more.
 
     What one of these raises ends the fit.
+
+    Attributes:
+        address: Where it listens.
+        regroups: Whether the ranks have ended because more of them can go on, and not because their work is done.
     """
 
     def __init__(
@@ -124,6 +129,7 @@ class Rendezvous:
         self._approved: dict[str, Any] | None = None
         self._settling: asyncio.TimerHandle | None = None
         self._refusal = ""
+        self.regroups = False
         self._agents: dict[int, _Agent] = {}
         self._failures: list[Failure] = []
         self._keys: pmi.KeySpace | None = None
@@ -184,6 +190,11 @@ class Rendezvous:
         """End the fit, from any thread. Only the first cause counts."""
         with contextlib.suppress(RuntimeError):  # The loop is closed: the fit is over already.
             self._loop.call_soon_threadsafe(self._fail, failure)
+
+    def regroup(self) -> None:
+        """Let the ranks end with the epoch, because more of them can go on. From any thread; may be called again."""
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the fit is over already.
+            self._loop.call_soon_threadsafe(self._tell_all, "regroup")
 
     def wait_for_departure(self, timeout_s: float) -> bool:
         """Wait until no agent is connected, `timeout_s` at most; return whether that is so. Their ranks are dead then."""
@@ -260,8 +271,20 @@ class Rendezvous:
         if len(self._agents) == self._num_ranks:
             self._call(self._show_progress, {"phase": Phase.SPOOL.value})
 
-    def _on_heartbeat(self, agent: _Agent, message: Message, *, phase: str, epoch: int, step: int) -> None:
-        self._move(_station(agent), Phase(phase), int(epoch), int(step))
+    def _on_heartbeat(
+        self,
+        agent: _Agent,
+        message: Message,
+        *,
+        phase: str,
+        epoch: int,
+        step: int,
+        is_waiting: bool = False,
+        waited_s: float = 0.0,
+    ) -> None:
+        station = _station(agent)
+        station.note_waiting(bool(is_waiting), float(waited_s), int(epoch), int(step), time.monotonic())
+        self._move(station, Phase(phase), int(epoch), int(step))
 
     def _move(self, station: Station, phase: Phase, epoch: int = 0, step: int = 0) -> None:
         before = station.phase
@@ -336,8 +359,9 @@ class Rendezvous:
         station.done = True
         self._fail(failure)
 
-    def _on_done(self, agent: _Agent, message: Message) -> None:
+    def _on_done(self, agent: _Agent, message: Message, *, regroups: bool = False) -> None:
         _station(agent).done = True
+        self.regroups = regroups
         # An agent that is lost is done as well, so a failure that waits for its cause must not look like success.
         everybody = len(self._agents) == self._num_ranks and all(_station(other).done for other in self._ranked())
         if everybody and not self._failures:
@@ -393,9 +417,12 @@ class Rendezvous:
                 self._restart(cause)
                 return
             self._refusal = refusal
-        for agent in self._agents.values():
-            agent.send("abort", cause=cause.cause[:4096])
+        self._tell_all("abort", cause=cause.cause[:4096])
         self._finished.set()
+
+    def _tell_all(self, kind: str, **fields: Any) -> None:
+        for agent in self._agents.values():
+            agent.send(kind, **fields)
 
     def _restart(self, cause: Failure) -> None:
         """Open a new generation: the agents kill their ranks, start others, and join again."""
@@ -416,11 +443,12 @@ class Rendezvous:
         try:
             while not self._finished.is_set():
                 await asyncio.sleep(self._timeouts.heartbeat_s)
-                for agent in self._agents.values():
-                    agent.send("heartbeat")
+                self._tell_all("heartbeat")
                 stations, now = self._stations(), time.monotonic()
                 for station in stalled_for_long(stations, now, self._timeouts):
                     self._warn_of(station, now)
+                for text in stragglers(stations):
+                    rank_log.warning(text)
                 late = overdue(stations, self._num_ranks, self._started_at, now, self._timeouts)
                 if late is not None:
                     self._fail(late)

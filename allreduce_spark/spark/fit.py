@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +46,7 @@ __all__ = ["Rows", "Spectator", "run_fit"]
 
 log = logging.getLogger(__name__)
 
+LOOK_S = 2.0  # at the slots
 UNSAFE = Safety(Recovery(max_restarts=0))
 
 
@@ -113,12 +116,12 @@ def run_fit(
         result = Path(folder) / "result"
         fit = _Fit(context, rows, job, approval, Restarts(safety.recovery.max_restarts), coordinator, spectator, result)
         num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
-        while (loss := _train(fit, num_ranks)) is not None:
+        while (why := _train(fit, num_ranks)) is not None:
             coordinator.fall_back()
             num_ranks = wait_for_slots(context, rows.num_ranks, least or 1, timeouts)
             log.warning(
-                "a barrier stage was lost: %s. Another one goes on from %s with %d of %d ranks.",
-                loss.cause.strip(), _place_of(coordinator.newest), num_ranks, rows.num_ranks,
+                "%s. Another barrier stage goes on from %s with %d of %d ranks.",
+                why, _place_of(coordinator.newest), num_ranks, rows.num_ranks,
             )  # fmt: skip
         history = take_over(model, result)
     warn_if_diverged(model)
@@ -143,11 +146,11 @@ def _place_of(checkpoint: Manifest | None) -> str:
     return f"epoch {checkpoint.epoch}, step {checkpoint.step}" if checkpoint else "the beginning"
 
 
-def _train(fit: _Fit, num_ranks: int) -> Failure | None:
+def _train(fit: _Fit, num_ranks: int) -> str | None:
     """Bring up the rendezvous, run one barrier stage, and leave what the root sends in the file `result`.
 
     Returns:
-        What the stage was lost by, if another one is to go on; None where the training is complete.
+        Why another stage is to go on, for people; None where the training is complete.
     """
     key, job, rows = secrets.token_bytes(32), fit.job, fit.rows
     listen_host, reachable_host = driver_addresses(fit.context)
@@ -176,12 +179,34 @@ def _train(fit: _Fit, num_ranks: int) -> Failure | None:
             task = StageTask(num_ranks, rows.num_ranks, address, key, job.timeouts, job.files(), store)
             fit.spectator.show_phase(Phase.START)
             shards = shards_for(rows.shards, rows.num_ranks, num_ranks)
-            failure = run_stage(fit.context, shards, rendezvous, task, fit.spectator.draw)
+            watch = partial(_watch, fit, rendezvous, _Slots(fit.context, num_ranks, rows.num_ranks, store))
+            failure = run_stage(fit.context, shards, rendezvous, task, watch)
     if failure is None:
-        return None
+        return "there are slots for more ranks" if rendezvous.regroups else None
     if not rendezvous.stage_is_lost:
         raise error_of(failure)
     refusal = fit.restarts.refusal([failure], rendezvous.place)
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
-    return failure
+    return f"a barrier stage was lost: {failure.cause.strip()}"
+
+
+class _Slots:
+    """Whether there are slots for more ranks than are training: asked now and then, and only where that would be of use."""
+
+    def __init__(self, context: SparkContext, num_ranks: int, wanted: int, store: str | None) -> None:
+        self._context, self._num_ranks, self._wanted = context, num_ranks, wanted
+        self._look_at = time.monotonic() if num_ranks < wanted and store is not None else math.inf
+
+    def are_back(self) -> bool:
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + LOOK_S
+        return min(count_slots(self._context), self._wanted) > self._num_ranks
+
+
+def _watch(fit: _Fit, rendezvous: Rendezvous, slots: _Slots) -> None:
+    """Called many times a second while a stage runs."""
+    fit.spectator.draw()
+    if slots.are_back():
+        rendezvous.regroup()

@@ -152,7 +152,7 @@ class ShardBatches:
     def dataset(self) -> tf.data.Dataset:
         """The batches in a form that Keras reads ahead, in a thread of its own.
 
-        In an epoch that is resumed it begins at `first_step`; it is as long as ever, so who reads must stop after the last step.
+        In an epoch that is resumed it begins at `first_step`. It is as long as ever: who reads must stop after the last step.
 
         Not a `keras.utils.PyDataset`: Keras reads that through a Python generator, whose end stalls a process that is busy on
         all its cores for a second now and then, and with it all other ranks (seen between training and validation).

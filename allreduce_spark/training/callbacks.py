@@ -7,16 +7,12 @@ The user's callbacks stand between two of ours:
                  of a batch are this rank's own); those that write files on the root only
     History      what the fit returns
     Last         makes all ranks stop where one of them wants to stop; then the state may be saved
-
-`Loop` calls them all, and begins in the middle of an epoch where a fit is resumed.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -32,7 +28,7 @@ from allreduce_spark.training.optimizer import StepRows
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position
 
-__all__ = ["First", "Last", "Loop", "callbacks_of_rank", "continue_logs"]
+__all__ = ["First", "Last", "callbacks_of_rank"]
 
 REPORT_EVERY_S = 0.2
 
@@ -56,23 +52,6 @@ def callbacks_of_rank(
         for place, callback in enumerate(callbacks)
         if is_root or not (isinstance(callback, ROOT_ONLY) or getattr(callback, "root_only", False))
     }
-
-
-def continue_logs(callbacks: Iterable[keras.callbacks.Callback], epoch: int) -> None:
-    """Make the callbacks that write a log go on with it: the file keeps what is older than `epoch`, which comes next."""
-    for callback in callbacks:
-        if isinstance(callback, keras.callbacks.CSVLogger):
-            callback.append = True
-            path = Path(callback.filename)
-            if not path.exists():
-                continue
-            lines = path.read_text().splitlines(keepends=True)
-            # From behind, and only as far as the epochs fall: above them may be those of an earlier fit.
-            below = math.inf
-            while len(lines) > 1 and epoch <= (number := int(lines[-1].split(callback.sep)[0])) < below:
-                below = number
-                lines.pop()
-            path.write_text("".join(lines))
 
 
 def acts_on_batches(callback: keras.callbacks.Callback) -> bool:
@@ -228,6 +207,10 @@ class Last(keras.callbacks.Callback):
         users: All of the user's callbacks, also those that do not run on this rank.
         plan: Of the batches to train on.
         saver: Told of every border between two steps, and of every end of an epoch; None where nothing is to be saved.
+        status: Says whether the ranks are to end with an epoch, for more of them to go on.
+
+    Attributes:
+        regroups: Whether they have.
     """
 
     def __init__(
@@ -237,12 +220,13 @@ class Last(keras.callbacks.Callback):
         users: Sequence[keras.callbacks.Callback],
         plan: BatchPlan,
         saver: Saver | None,
+        status: StatusPage,
     ) -> None:
         super().__init__()
         self._communicator, self._first, self._plan, self._saver = communicator, first, plan, saver
         # All ranks must come to the same conclusion here, so it is drawn from the user's full list on every rank.
         self._after_batches = any(acts_on_batches(callback) for callback in users)
-        self._epoch = 0
+        self._status, self._epoch, self.regroups = status, 0, False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch = epoch
@@ -257,67 +241,17 @@ class Last(keras.callbacks.Callback):
             self._saver.after_step(Position(self._epoch, batch + 1))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._agree_to_stop()
+        is_to_regroup = self._agree_to_stop() and not self.model.stop_training and epoch + 1 < self.params["epochs"]
         if self._saver:
-            self._saver.after_epoch(Position(epoch + 1), logs or {}, has_stopped=self.model.stop_training)
+            self._saver.after_epoch(
+                Position(epoch + 1), logs or {}, has_stopped=self.model.stop_training, must=is_to_regroup
+            )
+            if is_to_regroup:
+                self.regroups = self.model.stop_training = True
 
-    def _agree_to_stop(self) -> None:
-        wish = np.array([bool(self.model.stop_training)], np.int64)
-        self._communicator.allreduce(wish, ReduceOp.MAX)
-        self.model.stop_training = bool(wish[0])
-
-
-class Loop(keras.callbacks.CallbackList):
-    """All callbacks of a rank, as Keras's `fit` takes them; resumes a fit, also in the middle of an epoch.
-
-    Keras numbers the batches of every epoch from 0 and always takes all of them. In an epoch that is resumed, the callbacks are
-    told the numbers that the batches have, and after the last one Keras is told to stop. The wish is taken back before the
-    callbacks hear of the end of the epoch.
-
-    Args:
-        callbacks: In their order.
-        plan: Of the batches to train on, which must begin at `begin` too.
-        begin: Where the training begins.
-        restore: Brings back the state of `begin`, and the metrics too if its argument is True. It is called when all callbacks
-            have set themselves up, and again when they have done so for an epoch of which a part is over. None: nothing to resume.
-        model, epochs: As for Keras.
-    """
-
-    def __init__(
-        self,
-        callbacks: Sequence[keras.callbacks.Callback],
-        plan: BatchPlan,
-        begin: Position,
-        restore: Callable[[bool], None] | None,
-        *,
-        model: keras.Model,
-        epochs: int,
-    ) -> None:
-        super().__init__(list(callbacks), model=model, epochs=epochs, steps=plan.steps, verbose=0)
-        self._steps, self._begin, self._restore = plan.steps, begin, restore
-        self._first_step, self._has_cut = 0, False
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        super().on_train_begin(logs)
-        if self._restore:
-            self._restore(False)
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        super().on_epoch_begin(epoch, logs)
-        self._first_step = self._begin.step if epoch == self._begin.epoch else 0
-        if self._first_step and self._restore:
-            self._restore(True)
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        super().on_train_batch_begin(batch + self._first_step, logs)
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        step = batch + self._first_step
-        super().on_train_batch_end(step, logs)
-        if self._first_step and step == self._steps - 1 and not self.model.stop_training:
-            self.model.stop_training = self._has_cut = True
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._has_cut:
-            self.model.stop_training = self._has_cut = False
-        super().on_epoch_end(epoch, logs)
+    def _agree_to_stop(self) -> bool:
+        """Stop on all ranks if one of them wants to; return whether one has been told that they are to regroup."""
+        wishes = np.array([bool(self.model.stop_training), self._status.is_to_regroup], np.int64)
+        self._communicator.allreduce(wishes, ReduceOp.MAX)
+        self.model.stop_training = bool(wishes[0])
+        return bool(wishes[1])

@@ -6,9 +6,13 @@ of them can hold a lock which the child needs. Seen with TensorFlow 2.21, Keras 
 * After the imports there are three threads beside the main one, all asleep: one of OpenBLAS in numpy and one in scipy (none
   where a rank has one core), and jemalloc's in pyarrow. Both libraries register `pthread_atfork` handlers: OpenBLAS ends its
   threads before the fork and starts them again where they are needed, jemalloc holds its locks across it.
-* TensorFlow itself starts no thread before its first operation, nor does it initialise a GPU. So nothing but imports may
-  happen before the fork; the number of threads and the GPUs are set up in the rank.
-* mpi4py must not be imported before: loading libmpi starts a thread (`async`) that has no such handler.
+* TensorFlow itself starts no thread before its first operation, when it also initialises the GPUs (not seen on one yet). So
+  nothing but imports may happen before the fork; the number of threads and the GPUs are set up in the rank.
+* mpi4py must not be imported before: loading libmpi starts a thread (`async`), and no fork takes that along.
+
+400 ranks forked on 2 cores, 200 of them with two threads each, that loaded a model, fitted a step and used OpenBLAS and
+Arrow's threads: all ended in peace with the same loss. From the request to a loaded model took 0.19 s (median; 0.44 at most),
+where a process of its own took 3.6 s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What the user's callbacks remember, in a form that can be put into a checkpoint and given back to new ones.
 
-A callback with `get_state()` and `set_state(state)` says itself what that is. Of any other it is the attributes with plain values
-that have changed since the fit began: EarlyStopping's `best`, `wait` and `best_weights`, ReduceLROnPlateau's `wait`. Settings
-are left alone, so a fit may be resumed with others; what is no plain value (a file, a function) each callback makes again.
+A callback with `get_state()` and `set_state(state)` says itself what that is. Of any other it is the attributes with plain
+values that have changed since the fit began: EarlyStopping's `best`, `wait` and `best_weights`, ReduceLROnPlateau's `wait`.
+Settings are left alone, so a fit may be resumed with others; what is no plain value (a file, a function) each makes again.
 """
 
 from __future__ import annotations

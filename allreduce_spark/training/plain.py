@@ -10,6 +10,9 @@ import numpy as np
 __all__ = ["NotPlain", "pack", "unpack"]
 
 _ATOMS = (type(None), bool, int, float, str)
+SMALL_BYTES = (
+    1024  # arrays of so many bytes are part of the JSON value, so that the larger ones are the same all the time
+)
 
 
 class NotPlain(TypeError):
@@ -22,7 +25,7 @@ def pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     Args:
         value: None, a bool, an int, a float, a str, a numpy array or scalar, or a list, tuple or dict of such.
         name: The arrays in it get names that begin with this.
-        arrays: The arrays are added here, as they are.
+        arrays: The larger arrays are added here, as they are.
 
     Returns:
         A JSON value that `unpack` understands.
@@ -45,9 +48,12 @@ def pack(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     if type(value) is np.ndarray or isinstance(value, np.generic):
         array = np.asarray(value)
         # The types of ml_dtypes (bfloat16, float8) are of numpy's kind "V", as are records, which have no such name.
+        kind = "array" if type(value) is np.ndarray else "scalar"
+        if array.dtype.kind in "biuf" and array.nbytes <= SMALL_BYTES:
+            return {kind: [array.dtype.str, list(array.shape), array.tobytes().hex()]}
         if array.dtype.kind in "biuf" or (array.dtype.kind == "V" and "float" in array.dtype.name):
             arrays[name] = array
-            return {"array" if type(value) is np.ndarray else "scalar": name}
+            return {kind: name}
     raise NotPlain(f"{type(value).__name__} is no plain value")
 
 
@@ -64,6 +70,13 @@ def unpack(packed: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         case "dict":
             return {key: unpack(item, arrays) for key, item in content}
         case "array":
-            return np.array(arrays[content])
+            return np.array(_array(content, arrays))
         case _:
-            return arrays[content][()]
+            return _array(content, arrays)[()]
+
+
+def _array(content: Any, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    if isinstance(content, str):
+        return arrays[content]
+    dtype, shape, data = content
+    return np.frombuffer(bytes.fromhex(data), dtype).reshape(shape)

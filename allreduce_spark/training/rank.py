@@ -25,10 +25,11 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
-from allreduce_spark.training.callbacks import First, Last, Loop, callbacks_of_rank, continue_logs
+from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.job import Job, check_arrival
 from allreduce_spark.training.local_steps import LocalSteps
+from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
@@ -38,6 +39,7 @@ from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
+from allreduce_spark.training.watched import WatchedCommunicator
 from allreduce_spark.world import Membership, World
 
 __all__ = ["Recovery", "run_rank", "train"]
@@ -89,7 +91,8 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
     # Another rank may still be importing when this one comes.
-    communicator = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    opened = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    communicator = WatchedCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
     status.write(Phase.FIRST_STEP)
@@ -120,12 +123,12 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     )
 
     status.write(Phase.RESULT)
-    if membership.world.is_root:
+    if membership.world.is_root and history is not None:
         write_result(model, history, spec, folder / "result")
     communicator.barrier(timeout_s=job.timeouts.result_s)
     status.write(Phase.TEARDOWN)
     communicator.close()
-    channel.send("done")
+    channel.send("done", regroups=history is None)
 
 
 def _announce(channel: Channel, job: Job, kind: str, fields: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ def train(
     status: StatusPage,
     report: Callable[..., None] | None,
     recovery: Recovery | None = None,
-) -> keras.callbacks.History:
+) -> keras.callbacks.History | None:
     """Fit `model` on this rank's rows, in step with all other ranks.
 
     Args:
@@ -162,6 +165,9 @@ def train(
         status: Where this rank says how far it is.
         report: Called with progress now and then, on the root; None elsewhere.
         recovery: None where nothing is saved, and the training begins at the beginning.
+
+    Returns:
+        The history; None where the training is not over, because there are slots for more ranks to go on with.
     """
     data, validation = data_sets(config, membership, shards)
     _build(model, data.spec, communicator)
@@ -182,9 +188,8 @@ def train(
     users = callbacks_of_rank(callbacks, membership.world.is_root)
     if saved:
         continue_logs(users.values(), begin.epoch)
-    history = keras.callbacks.History()
+    history, saver = keras.callbacks.History(), None
     state = RankState(model, communicator, averaging.agreed if averaging else [], CallbackMemory(users), history)
-    saver = None
     if recovery and recovery.checkpoint:
         resumed = recovery.resume.id if recovery.resume else None
         saver = Saver(
@@ -199,7 +204,7 @@ def train(
             announce=recovery.announce,
         )
     first = First(communicator, rows, local, data, validation, begin, status, report)
-    last = Last(communicator, first, callbacks, data.plan, saver)
+    last = Last(communicator, first, callbacks, data.plan, saver, status)
     if saved and begin.step:
         build_metrics(model, data)
     model.fit(
@@ -223,6 +228,8 @@ def train(
     )
     if saver:
         saver.close()
+    if last.regroups:
+        return None
     check_same_weights(model, communicator)
     return history
 

@@ -125,13 +125,16 @@ class Saver:
         if self._countdown <= 0 and (self._local is None or self._local.is_combined):
             self._decide(position, {})
 
-    def after_epoch(self, position: Position, logs: Mapping[str, Any], *, has_stopped: bool) -> None:
+    def after_epoch(
+        self, position: Position, logs: Mapping[str, Any], *, has_stopped: bool, must: bool = False
+    ) -> None:
         """An epoch is over, its validation and callbacks as well.
 
-        One is taken here, due or not, where the best epoch is to be kept, and where a store shall hold the end of the training.
+        One is taken here, due or not, if it must, where the best epoch is to be kept, and where a store shall hold the end of
+        the training.
         """
         is_end = has_stopped or position.epoch >= self._epochs
-        must = self._config.keep_best is not None or (is_end and self._config.path is not None)
+        must = must or self._config.keep_best is not None or (is_end and self._config.path is not None)
         if must and self._writing:
             self._writing.result()
         self._decide(position, logs, must=must)

@@ -1,8 +1,8 @@
 """Everything a rank's training hangs on at the border between two steps: collected for a checkpoint, restored from one.
 
 What is equal on all ranks (weights, the optimizer's variables) is dealt out, so that each rank writes a part of it; the names
-of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/": random states, the metrics of an epoch
-that is not over, the memory of callbacks.
+of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/": random states, the metrics of an
+epoch that is not over, the memory of callbacks.
 
 Not part of it, because TensorFlow keeps them where nobody can read them, are the states of its own random operations: those of
 `tf.random.normal` inside a step, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model
@@ -11,6 +11,7 @@ beside its variables.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from allreduce_spark.training.plain import pack, unpack
 __all__ = ["METRICS", "Position", "RankState", "SavedState", "build_metrics", "make_randomness_differ"]
 
 METRICS = "own/metrics/"
-_SEEDS = "own/seeds/"
+_WIDE, _SEEDS = "shared/moving/", "own/seeds/"
 _CALLBACKS, _HISTORY, _RANDOM = "own/callbacks", "own/history", "own/random"
 
 
@@ -101,8 +102,8 @@ class RankState:
         self._shared = {f"shared/weights/{index}": variable for index, variable in enumerate(model.weights)}
         self._shared |= {f"shared/optimizer/{index}": v for index, v in enumerate(model.optimizer.variables)}
         # Half precision alone: a float32 variable holds all that was agreed.
-        self._wide = {f"shared/moving/{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
-        sizes = {name: _view(variable).nbytes for name, variable in self._shared.items()}
+        self._wide = {f"{_WIDE}{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
+        sizes = {n: math.prod(v.shape) * tf.as_dtype(v.dtype).size for n, v in self._shared.items()}
         sizes |= {name: wide.nbytes for name, wide in self._wide.items()}
         self._mine = deal(sizes, communicator.world_size)[communicator.rank]
 
@@ -114,9 +115,9 @@ class RankState:
         """
         arrays = {n: self._wide[n] if n in self._wide else _view(self._shared[n]) for n in self._mine}
         arrays |= {f"{_SEEDS}{index}": _view(variable) for index, variable in enumerate(_seeds(self._model))}
-        if position.step:  # at the beginning of an epoch Keras resets them
-            metrics = metric_variables(self._model)
-            arrays |= {f"{METRICS}{index}": _view(variable) for index, variable in enumerate(metrics)}
+        # Also at the beginning of an epoch, when nobody needs them: what is always of one form is copied faster.
+        metrics = metric_variables(self._model)
+        arrays |= {f"{METRICS}{index}": _view(variable) for index, variable in enumerate(metrics)}
         about = {
             "epoch": position.epoch,
             "step": position.step,
@@ -134,12 +135,12 @@ class RankState:
         Raises:
             CheckpointError: It is of another model.
         """
-        _assign(self._shared, saved.shared)
+        _assign(self._shared, {name: value for name, value in saved.shared.items() if not name.startswith(_WIDE)})
         for index, (variable, agreed) in enumerate(self._agreed):
-            agreed[...] = saved.shared.get(f"shared/moving/{index}", value_of(variable))
+            agreed[...] = saved.shared.get(f"{_WIDE}{index}", value_of(variable))
         seeds = {f"{_SEEDS}{index}": variable for index, variable in enumerate(_seeds(self._model))}
         if saved.is_mine:
-            _assign(seeds, saved.own)
+            _assign(seeds, {name: value for name, value in saved.own.items() if name.startswith(_SEEDS)})
             _set_random_states(unpack(saved.about["random"], saved.own))
         else:
             states = [saved.own[name].tolist() for name in list(seeds)[: len(seed_variables(self._model))]]
@@ -172,7 +173,7 @@ def build_metrics(model: keras.Model, data: ShardBatches) -> None:
     batch = data[0]
     if type(model).train_step is keras.Model.train_step:
         model._symbolic_build(data_batch=batch)
-    elif not model.run_eagerly:
+    else:
         # A step of the user's own may do anything: trace it, and run nothing.
         tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
 
@@ -192,6 +193,9 @@ def make_randomness_differ(model: keras.Model, seed_states: Sequence[Sequence[in
 
 
 def _assign(variables: Mapping[str, keras.Variable], values: Mapping[str, np.ndarray]) -> None:
+    surplus = sorted(values.keys() - variables.keys())
+    if surplus:
+        raise CheckpointError(f"the checkpoint is of another model: it has {surplus[0]}, which there is none of here.")
     for name, variable in variables.items():
         value = values.get(name)
         if value is None or value.shape != tuple(variable.shape) or value.dtype.name != variable.dtype:

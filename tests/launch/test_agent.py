@@ -296,7 +296,7 @@ def test_the_end_of_a_warm_process_is_reported_as_that_of_its_rank(clean_fit):
     os.kill(clean_fit.warm_processes()[0], signal.SIGKILL)
     failure = clean_fit.end()
     assert (failure.error, failure.phase, failure.step) == ("RankDied", "train", 7)
-    assert "the warm process, of which the rank was forked, was killed by SIGKILL" in failure.cause
+    assert "the warm process, from which the rank was forked, was killed by SIGKILL" in failure.cause
 
 
 def test_the_next_agent_on_the_machine_clears_up_after_a_dead_one(fit):

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from allreduce_spark.errors import AuthenticationError, ProtocolError, RendezvousError, RendezvousTimeoutError
-from allreduce_spark.rendezvous import client, protocol
+from allreduce_spark.rendezvous import client, handshake
 from allreduce_spark.rendezvous.client import Channel, Connection
 from allreduce_spark.rendezvous.protocol import Codec, Message
 
@@ -145,7 +145,7 @@ def answer(listener: socket.socket, *replies: bytes) -> threading.Thread:
     return thread
 
 
-CHALLENGE = protocol.challenge(b"d" * protocol.NONCE_BYTES)
+CHALLENGE = handshake.challenge(b"d" * handshake.NONCE_BYTES)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,11 @@ CHALLENGE = protocol.challenge(b"d" * protocol.NONCE_BYTES)
         ([CHALLENGE, b""], RendezvousError, "hung up"),
         ([CHALLENGE, b"too short"], RendezvousError, "hung up"),
         ([b"HTTP/1.1 400 Bad Request\r\n" * 10], ProtocolError, "does not speak this protocol"),
-        ([CHALLENGE, bytes(protocol.PROOF_BYTES)], AuthenticationError, "does not hold the key"),
+        ([CHALLENGE, bytes(handshake.REPLY_BYTES)], AuthenticationError, "does not hold the key"),
     ],
 )
-def test_whoever_is_not_the_driver_is_not_trusted(listener, replies, error, message):
+def test_whoever_is_not_the_driver_is_not_trusted(listener, monkeypatch, replies, error, message):
+    monkeypatch.setattr(client, "CONNECT_S", 0.5)
     driver = answer(listener, *replies)
     with pytest.raises(error, match=message):
         Connection(listener.getsockname(), KEY)
@@ -179,20 +180,57 @@ def test_a_listener_that_says_nothing_is_given_up(listener, monkeypatch):
         Connection(listener.getsockname(), KEY)
 
 
+def test_a_listener_that_says_a_byte_at_a_time_is_given_up_as_soon(listener, monkeypatch):
+    monkeypatch.setattr(client, "CONNECT_S", 0.5)
+    given_up = threading.Event()
+
+    def drip() -> None:
+        with listener.accept()[0] as sock, contextlib.suppress(OSError):
+            for byte in CHALLENGE:
+                sock.sendall(bytes([byte]))
+                if given_up.wait(0.1):
+                    return
+
+    driver = threading.Thread(target=drip)
+    driver.start()
+    with pytest.raises(RendezvousError, match="timed out"):
+        Connection(listener.getsockname(), KEY)
+    given_up.set()
+    driver.join()
+
+
+def test_an_agent_that_was_sent_away_from_a_crowded_door_comes_again(listener):
+    def send_away_twice() -> None:
+        for _ in range(2):
+            listener.accept()[0].close()
+        drivers.append(let_in(listener))
+
+    drivers: list[Channel] = []
+    thread = threading.Thread(target=send_away_twice)
+    thread.start()
+    with contextlib.closing(Connection(listener.getsockname(), KEY)) as connection:
+        thread.join()
+        connection.send("hello")
+        assert drivers[0].receive(20).kind == "hello"
+        drivers[0].close()
+
+
+def let_in(listener: socket.socket) -> Channel:
+    """Play a driver that holds the key; return its end of the connection."""
+    sock = listener.accept()[0]
+    nonce = secrets.token_bytes(handshake.NONCE_BYTES)
+    sock.sendall(handshake.challenge(nonce))
+    reply, codec = handshake.check_answer(KEY, nonce, sock.recv(handshake.ANSWER_BYTES, socket.MSG_WAITALL))
+    sock.sendall(reply)
+    return Channel(sock, codec)
+
+
 @pytest.fixture
 def pair(listener):
     """An agent's connection, and a channel that speaks for the driver."""
 
-    def accept() -> None:
-        sock = listener.accept()[0]
-        nonce = secrets.token_bytes(protocol.NONCE_BYTES)
-        sock.sendall(protocol.challenge(nonce))
-        proof, codec = protocol.check_answer(KEY, nonce, sock.recv(protocol.ANSWER_BYTES, socket.MSG_WAITALL))
-        sock.sendall(proof)
-        drivers.append(Channel(sock, codec))
-
     drivers: list[Channel] = []
-    thread = threading.Thread(target=accept)
+    thread = threading.Thread(target=lambda: drivers.append(let_in(listener)))
     thread.start()
     connection = Connection(listener.getsockname(), KEY)
     thread.join()

@@ -1,4 +1,4 @@
-"""Frames and the handshake, without a socket: what is accepted, and everything that is refused."""
+"""Frames, without a socket: what is accepted, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -13,22 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allreduce_spark.errors import AuthenticationError, ProtocolError
-from allreduce_spark.rendezvous import protocol
-from allreduce_spark.rendezvous.protocol import (
-    MAX_BODY_BYTES,
-    NONCE_BYTES,
-    Codec,
-    Message,
-    Phase,
-    answer_challenge,
-    challenge,
-    check_answer,
-    session_codec,
-)
+from allreduce_spark.errors import ProtocolError
+from allreduce_spark.rendezvous.handshake import SessionCipher
+from allreduce_spark.rendezvous.protocol import MAX_BODY_BYTES, TAG_BYTES, Codec, Message, Phase
 
-KEY = bytes(range(32))
-NONCES = b"d" * NONCE_BYTES + b"a" * NONCE_BYTES
+TO_AGENT, TO_DRIVER = bytes(range(32)), bytes(range(32, 64))
 
 # JSON as Python writes it: lone surrogates (a file name that is not UTF-8) and infinities included.
 TEXTS = st.text(st.characters(codec=None))
@@ -47,7 +36,7 @@ MESSAGES = st.builds(
 
 def both_ends() -> tuple[Codec, Codec]:
     """(driver's, agent's) codec of one connection."""
-    return session_codec(KEY, NONCES, driver=True), session_codec(KEY, NONCES, driver=False)
+    return Codec(SessionCipher(TO_AGENT, TO_DRIVER)), Codec(SessionCipher(TO_DRIVER, TO_AGENT))
 
 
 def frames(sender: Codec, *kinds: str) -> list[bytes]:
@@ -74,20 +63,52 @@ def test_a_stream_may_come_byte_by_byte_and_in_both_directions():
         assert [message.kind for message in received] == ["one", "two"]
 
 
-def test_without_keys_frames_carry_no_tag_and_are_understood():
+def test_without_a_cipher_frames_carry_no_tag_and_are_understood():
+    assert Codec().encode(Message("done")).endswith(b'{"kind":"done"}')
     assert list(Codec().feed(Codec().encode(Message("done")))) == [Message("done")]
 
 
-@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
-def test_a_frame_of_which_one_bit_was_changed_is_never_taken_for_a_message(place, bit):
+def test_what_is_sent_over_the_network_cannot_be_read_and_is_never_the_same_twice():
+    driver, _ = both_ends()
+    message = Message("result", {"word": "weights"}, b"a secret body")
+    first, second = driver.encode(message), driver.encode(message)
+    for frame in (first, second):
+        assert not any(word in frame for word in (b"result", b"weights", b"secret", b"kind"))
+    assert first[8:] != second[8:]
+    assert len(first) == len(Codec().encode(message)) + TAG_BYTES
+
+
+def test_a_stream_that_ends_within_a_message_is_known_to_be_cut_off():
     driver, agent = both_ends()
-    frame = bytearray(driver.encode(Message("result", {"epoch": 3}, b"weights")))
-    frame[place % len(frame)] ^= 1 << bit
-    # A changed length makes the receiver either refuse or wait for bytes that never come; it must not make a message.
-    try:
-        assert list(agent.feed(bytes(frame))) == []
-    except ProtocolError:
-        pass
+    whole = driver.encode(Message("done"))
+    for length in range(1, len(whole)):
+        _, agent = both_ends()
+        assert list(agent.feed(whole[:length])) == []
+        assert not agent.is_between_messages
+    assert list(agent.feed(whole[-1:])) == [Message("done")]
+    assert agent.is_between_messages
+
+
+def test_a_frame_of_which_any_one_bit_was_changed_is_never_taken_for_a_message():
+    whole = both_ends()[0].encode(Message("result", {"epoch": 3}, b"weights"))
+    for place, bit in itertools.product(range(len(whole)), range(8)):
+        _, agent = both_ends()
+        frame = bytearray(whole)
+        frame[place] ^= 1 << bit
+        # A changed length makes the receiver either refuse or wait for bytes that never come; it must not make a message.
+        try:
+            assert list(agent.feed(bytes(frame))) == []
+            assert not agent.is_between_messages
+        except ProtocolError:
+            pass
+
+
+def test_a_byte_that_moves_from_the_header_to_the_body_is_noticed():
+    driver, agent = both_ends()
+    frame = driver.encode(Message("log", {}, b"text"))
+    header_bytes, body_bytes = struct.unpack_from(">II", frame)
+    with pytest.raises(ProtocolError, match="tag is wrong"):
+        list(agent.feed(struct.pack(">II", header_bytes - 1, body_bytes + 1) + frame[8:]))
 
 
 def test_a_frame_sent_again_is_refused():
@@ -121,7 +142,7 @@ def test_a_frame_sent_back_to_its_sender_is_refused():
 
 def test_a_frame_of_another_connection_is_refused():
     _, agent = both_ends()
-    other = session_codec(KEY, b"o" * (2 * NONCE_BYTES), driver=True)
+    other = Codec(SessionCipher(b"o" * 32, b"o" * 32))
     with pytest.raises(ProtocolError, match="tag is wrong"):
         list(agent.feed(other.encode(Message("abort"))))
 
@@ -173,6 +194,36 @@ def test_a_header_that_is_no_message_is_a_protocol_error(header):
         list(Codec().feed(struct.pack(">II", len(header), 0) + header))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank": 1.5},
+        {"rank": True},
+        {"epoch": float("inf")},
+        {"step": "3"},
+        {"phase": ["train"]},
+        {"line": 3},
+        {"cause": {"no": "text"}},
+        {"cause": None},
+        {"log_tail": "text"},
+        {"consequence": 1},
+    ],
+)
+def test_a_field_of_another_type_than_its_name_says_is_a_protocol_error(fields):
+    with pytest.raises(ProtocolError, match=f"'failed' message with {next(iter(fields))}="):
+        list(Codec().feed(Codec().encode(Message("failed", fields))))
+
+
+def test_an_error_about_a_message_does_not_repeat_all_of_it():
+    for message in (
+        Message("x" * 100_000, {"rank": "y" * 100_000}),
+        Message("failed", {"kind": 3, "cause": [0] * 100_000}),
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            list(Codec().feed(Codec().encode(message)))
+        assert len(str(caught.value)) < 1000
+
+
 def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
     code = "import sys; import allreduce_spark.rendezvous.protocol; print(json.dumps(sorted(sys.modules)))"
     answer = subprocess.run([sys.executable, "-c", f"import json; {code}"], capture_output=True, check=True, timeout=60)
@@ -181,69 +232,3 @@ def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
 
 def test_only_phases_with_batches_have_a_step():
     assert [phase.value for phase in Phase if phase.has_step] == ["first step", "train", "validate"]
-
-
-# The handshake
-
-
-def shake_hands(driver_key: bytes, agent_key: bytes, *, driver_nonce: bytes = b"d" * NONCE_BYTES):
-    """The agent's codec and expected proof, and the driver's codec and proof."""
-    answer, expected, agent = answer_challenge(agent_key, challenge(driver_nonce), b"a" * NONCE_BYTES)
-    proof, driver = check_answer(driver_key, driver_nonce, answer)
-    return agent, expected, driver, proof
-
-
-def test_two_ends_with_one_key_prove_it_and_understand_each_other():
-    agent, expected, driver, proof = shake_hands(KEY, KEY)
-    assert proof == expected
-    assert [message.kind for message in driver.feed(agent.encode(Message("hello")))] == ["hello"]
-    assert [message.kind for message in agent.feed(driver.encode(Message("member")))] == ["member"]
-
-
-def test_an_agent_without_the_key_is_refused():
-    with pytest.raises(AuthenticationError):
-        shake_hands(KEY, b"another key")
-
-
-def test_a_driver_without_the_key_cannot_make_the_proof():
-    # It lets everybody in, but what it can send is not what the agent expects.
-    _, expected, _ = answer_challenge(KEY, challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
-    answer, _, _ = answer_challenge(b"another key", challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
-    proof, _ = check_answer(b"another key", b"d" * NONCE_BYTES, answer)
-    assert proof != expected
-
-
-def test_an_answer_overheard_once_does_not_open_a_second_connection():
-    answer, _, _ = answer_challenge(KEY, challenge(b"1" * NONCE_BYTES), b"a" * NONCE_BYTES)
-    with pytest.raises(AuthenticationError):
-        check_answer(KEY, b"2" * NONCE_BYTES, answer)
-
-
-def test_the_drivers_own_proof_sent_back_to_it_is_no_answer():
-    # A reflection: the stranger lets the driver prove itself, and claims to be an agent with that proof.
-    nonce = b"d" * NONCE_BYTES
-    answer, _, _ = answer_challenge(KEY, challenge(nonce), nonce)
-    proof, _ = check_answer(KEY, nonce, answer)
-    with pytest.raises(AuthenticationError):
-        check_answer(KEY, nonce, protocol.MAGIC + nonce + proof)
-
-
-@given(garbage=st.binary(max_size=200))
-def test_garbage_is_neither_an_answer_nor_a_challenge(garbage):
-    with pytest.raises(AuthenticationError):
-        check_answer(KEY, b"d" * NONCE_BYTES, garbage)
-    with pytest.raises(ProtocolError):
-        answer_challenge(KEY, garbage, b"a" * NONCE_BYTES)
-
-
-@pytest.mark.parametrize("missing", [1, protocol.PROOF_BYTES, protocol.ANSWER_BYTES])
-def test_a_truncated_answer_is_refused(missing):
-    answer, _, _ = answer_challenge(KEY, challenge(b"d" * NONCE_BYTES), b"a" * NONCE_BYTES)
-    with pytest.raises(AuthenticationError):
-        check_answer(KEY, b"d" * NONCE_BYTES, answer[:-missing])
-
-
-def test_a_challenge_of_another_version_is_refused():
-    received = challenge(b"d" * NONCE_BYTES).replace(b"/1", b"/2")
-    with pytest.raises(ProtocolError, match="another version"):
-        answer_challenge(KEY, received, b"a" * NONCE_BYTES)

@@ -1,17 +1,37 @@
-"""What fits must not leave behind, seen from outside."""
+"""What fits must not leave behind, and the fit that others are compared with."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `faulty_fits`, which is also a program
+
+
+@pytest.fixture(scope="session")
+def undisturbed(spark: SparkSession) -> Any:
+    """What the fit of `faulty_fits` ends with if it is left alone."""
+    from faulty_fits import fit  # only here: it imports Keras
+
+    outcome = fit(max_restarts=0)
+    assert len(outcome.history["loss"]) == 5, "EarlyStopping has its part in it"
+    return outcome
+
 
 def rank_processes(temporary_folder: str) -> set[int]:
-    """The ranks of this test run. They know its temporary folder, which those of other runs on this machine do not."""
+    """The ranks of this test run, and the processes that they are forked from.
+
+    They know its temporary folder, which those of other runs on this machine do not.
+    """
     found = set()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

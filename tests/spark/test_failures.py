@@ -138,7 +138,8 @@ def test_an_agent_that_is_killed_takes_its_rank_along_and_its_folder_is_cleared_
     spark: SparkSession, tmp_path: Path, next_fit_works: None
 ) -> None:
     def kill() -> None:
-        os.kill(parent_of(parent_of(pid_of_rank(tmp_path, 1))), signal.SIGKILL)  # between them is the warm process
+        warm_process = parent_of(pid_of_rank(tmp_path, 1))
+        os.kill(parent_of(warm_process), signal.SIGKILL)
 
     in_background(kill)
     with pytest.raises(RankFailedError, match="the agent is gone") as caught:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import itertools
+import shutil
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,41 @@ from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_bl
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
-from allreduce_spark.training.rank import train
+from allreduce_spark.training.rank import Recovery, train
 from allreduce_spark.world import Membership, worlds_of
 
 
 @dataclass
 class Fitted:
-    """What one rank, or the reference, ended with."""
+    """What one rank, or the reference, ended with.
+
+    Attributes:
+        digests: Of weights and optimizer state after every epoch.
+        epochs: Their numbers.
+        saved: What the rank has announced of its checkpoints; "kept" is a copy of the share.
+    """
 
     model: keras.Model
     history: dict[str, list[float]]
     digests: list[str]
+    epochs: list[int] = field(default_factory=list)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def final(self) -> str:
+        """A hash of what there is at the end, when Keras and the callbacks have done their last."""
+        return digest_of(self.model)
 
     @property
     def weights(self) -> list[np.ndarray]:
         return [w.numpy() for w in self.model.weights]
+
+
+def digest_of(model: keras.Model) -> str:
+    digest = hashlib.sha256()
+    for variable in (*model.weights, *model.optimizer.variables):
+        digest.update(variable.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Digests(keras.callbacks.Callback):
@@ -45,10 +66,7 @@ class Digests(keras.callbacks.Callback):
         self.digests: list[str] = []
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        digest = hashlib.sha256()
-        for variable in (*self.model.weights, *self.model.optimizer.variables):
-            digest.update(variable.numpy().tobytes())
-        self.digests.append(digest.hexdigest())
+        self.digests.append(digest_of(self.model))
 
 
 def write_shard(path: Path, part: tuple[Any, ...] | None, spec: Any = None) -> Shard:
@@ -69,45 +87,64 @@ def write_numbered_shard(tmp_path):
 
 @pytest.fixture
 def fit_ranks(tmp_path):
-    """Returns fit(model, parts, config, ...): train copies of `model` on one rank per part; parts are (x, y[, weight])."""
+    """Returns fit(model, parts, config, ...): train copies of `model`; parts are (x, y[, weight]), one for each shard.
 
-    def fit(model, parts, config, callbacks=list, validation=None) -> list[Fitted]:
-        archive = tmp_path / "model.keras"
+    There are as many ranks as parts, or `num_ranks`.
+    """
+    folders = (tmp_path / f"fit{number}" for number in itertools.count())
+
+    def fit(
+        model, parts, config, callbacks=list, validation=None, *, num_ranks=None, checkpoint=None, resume=None
+    ) -> list[Fitted]:
+        folder = next(folders)
+        folder.mkdir()
+        archive = folder / "model.keras"
         archive.write_bytes(model_to_bytes(model))
         objects = custom_objects_of(model)
-        spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(tmp_path / f"probe{i}", part)))
-        shards = [write_shard(tmp_path / f"train{rank}", part, spec) for rank, part in enumerate(parts)]
+        spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(folder / f"probe{i}", part)))
+        shards = [write_shard(folder / f"train{number}", part, spec) for number, part in enumerate(parts)]
         empty = tuple(keras.tree.map_structure(lambda array: array[:0], part) for part in parts[0])
-        tests = [write_shard(tmp_path / f"test{r}", p, spec) for r, p in enumerate(validation or [empty] * len(parts))]
+        tests = [write_shard(folder / f"test{n}", p, spec) for n, p in enumerate(validation or [empty] * len(parts))]
         rows, validation_rows = tuple(map(len, shards)), tuple(map(len, tests))
-        group = LocalGroup(len(parts), timeout_s=120)
+        world_size = num_ranks or len(parts)
+        group = LocalGroup(world_size, timeout_s=120)
 
-        copies = [load_model(archive, objects) for _ in parts]  # Keras does not load in several threads at once
+        copies = [
+            load_model(archive, objects) for _ in range(world_size)
+        ]  # Keras does not load in several threads at once
 
         def rank_body(rank: int) -> Fitted:
             communicator, copy = group.communicators[rank], copies[rank]
-            membership = Membership(worlds_of(["here"] * len(parts))[rank], 0, "threads", rows, validation_rows)
-            digests = Digests()
+            membership = Membership(worlds_of(["here"] * world_size)[rank], 0, "threads", rows, validation_rows)
+            digests, saved = Digests(), []
+
+            def announce(kind: str, fields: dict[str, Any]) -> None:
+                kept = folder / f"{kind}-{len(saved)}-of-{rank}"
+                if kind == "saved":
+                    shutil.copyfile(fields["file"], kept)  # the rank keeps two
+                saved.append({**fields, "kind": kind, "kept": str(kept)})
+
             try:
                 history = train(
                     copy,
                     communicator,
                     config,
                     membership,
-                    shards={rank: (shards[rank], tests[rank])},
+                    shards={number: (shards[number], tests[number]) for number in range(rank, len(parts), world_size)},
                     callbacks=[*callbacks(), digests],
                     seed_states=[],
-                    status=StatusPage(tmp_path / f"status{rank}"),
+                    status=StatusPage(folder / f"status{rank}"),
                     report=None,
+                    recovery=Recovery(folder / f"scratch{rank}", checkpoint, resume, announce),
                 )
             except BaseException as error:
                 traceback.print_exc()
                 communicator.abort(repr(error))
                 raise
-            return Fitted(copy, history.history, digests.digests)
+            return Fitted(copy, history.history, digests.digests, history.epoch, saved)
 
-        with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-            futures = [pool.submit(rank_body, rank) for rank in range(len(parts))]
+        with concurrent.futures.ThreadPoolExecutor(world_size) as pool:
+            futures = [pool.submit(rank_body, rank) for rank in range(world_size)]
             return [future.result(timeout=200) for future in futures]
 
     return fit
