@@ -5,6 +5,7 @@ Also a program, for faults that a driver does not survive: `python faulty_fits.p
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -217,7 +218,7 @@ def main() -> None:
     )
     outcome.write(folder / "outcome.npz")
     times = [float(line) for line in (folder / "steps").read_text().splitlines()]
-    longest = max(after - before for before, after in zip(times, times[1:], strict=False))
+    longest = max(after - before for before, after in itertools.pairwise(times))
     sys.stdout.write(f"steps taken: {len(times)}; the longest pause between two: {longest:.1f} s\nthe work is done\n")
 
 

@@ -1,4 +1,4 @@
-"""Ranks, agents and processes between them die at every point of a fit, and it ends with the bits of one that was left alone."""
+"""Ranks, agents and what is between them die at every point of a fit, and it ends with the bits of one that was left alone."""
 
 from __future__ import annotations
 
