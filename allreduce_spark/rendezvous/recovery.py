@@ -41,7 +41,8 @@ class Restarts:
         if place > self._furthest:
             self._furthest, self._count = place, 0
         same, self._last = self._last, (cause.error, cause.cause.partition("\n")[0], cause.epoch, cause.step)
-        if cause.step is not None and same == self._last and "SIGKILL" not in cause.cause:
+        by_chance = cause.stage_lost or "SIGKILL" in cause.cause
+        if cause.step is not None and same == self._last and not by_chance:
             return "the same error came at the same step again after a restart, so it will come every time"
         if self._count >= self._limit:
             if not self._limit:
