@@ -299,8 +299,8 @@ class FitParams(ColumnParams):
     )
     resume = _param(
         "resume",
-        '"auto" to go on from the newest whole checkpoint in checkpointPath, if there is one; "never" refuses a folder that has '
-        "any",
+        '"auto" to go on from the newest whole checkpoint in checkpointPath, if there is one; "never" refuses a folder that '
+        "has any",
         _one_of("auto", "never"),
     )
     maxRestarts = _param(
