@@ -55,10 +55,13 @@ class Store:
 
     Args:
         path: A local path, or a URI. It need not exist yet.
+
+    Attributes:
+        path: The same, but absolute: executors have working directories of their own.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = files.absolute(path)
 
     def survey(self) -> Survey:
         """Look at everything in the folder.

@@ -158,6 +158,12 @@ def test_shares_that_the_driver_does_not_see_are_no_checkpoint(local_store, tmp_
     assert local_store.checkpoints() == []
 
 
+def test_a_relative_path_is_of_the_process_that_makes_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store("fits/first").path == str(tmp_path / "fits" / "first")
+    assert Store("s3://bucket/fit?region=eu-west-1").path == "s3://bucket/fit?region=eu-west-1"
+
+
 def test_a_late_upload_for_a_rank_that_is_no_more_changes_nothing(store, tmp_path):
     manifest = put_shares(store, tmp_path, 10, world_size=2, launch=1)
     store.commit(manifest)

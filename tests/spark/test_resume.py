@@ -110,3 +110,15 @@ def test_what_is_another_fit_is_refused_before_any_rank_starts(
         fit(folder=tmp_path, **{"checkpoint": Checkpoint(str(store)), "resume": "auto", **arguments})
     assert not (tmp_path / "steps").exists()
     assert sorted(store.rglob("*")) == files
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_any_rank_starts(spark: SparkSession, tmp_path: Path) -> None:
+    file, foreign = tmp_path / "file", tmp_path / "foreign"
+    file.touch()
+    foreign.mkdir()
+    (foreign / "thesis.tex").touch()
+    for path, words in ((file, "file"), (file / "below", "below"), (foreign, r"no folder of checkpoints.*thesis\.tex")):
+        for resume in ("auto", "never"):
+            with pytest.raises(ConfigError, match=words):
+                fit(folder=tmp_path, checkpoint=Checkpoint(str(path)), resume=resume)
+    assert not (tmp_path / "steps").exists()
