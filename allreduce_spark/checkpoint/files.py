@@ -20,7 +20,17 @@ from pyarrow import fs
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["Listed", "check_absent", "fetch_file", "inside", "list_files", "put_file", "read_file", "remove"]
+__all__ = [
+    "Listed",
+    "absolute",
+    "check_absent",
+    "fetch_file",
+    "inside",
+    "list_files",
+    "put_file",
+    "read_file",
+    "remove",
+]
 
 PIECE_BYTES = 16 << 20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # Hadoop writes file:/tmp and dbfs:/models with one slash
@@ -32,6 +42,12 @@ class Listed(NamedTuple):
 
     path: str
     bytes: int
+
+
+def absolute(place: str | os.PathLike[str]) -> str:
+    """The place as a process with another working directory must name it."""
+    text = os.fspath(place)
+    return text if _SCHEME.match(text) else os.path.abspath(text)
 
 
 def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool, in_one_step: bool = True) -> None:

@@ -33,12 +33,13 @@ def is_checkpoint_id(name: str) -> bool:
     return _ID.fullmatch(name) is not None
 
 
-def share_name(index: int, generation: int) -> str:
+def share_name(index: int, launch: int) -> str:
     """The name of a share in a checkpoint's folder.
 
-    The generation is part of it, so that a late upload from a generation that was given up never touches a complete checkpoint.
+    The launch of the rank is part of it, a number that no other launch has, not even one of another driver: so a late upload
+    for a rank that is no more never touches a complete checkpoint.
     """
-    return f"share-{index}-g{generation}.safetensors"
+    return f"share-{index}-{launch:x}.safetensors"
 
 
 @dataclass(frozen=True)

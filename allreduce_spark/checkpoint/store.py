@@ -1,7 +1,7 @@
 """The checkpoints of a fit in one folder, on any file system that pyarrow knows: complete or absent.
 
     <path>/model.keras                          the untrained model, once for all of them
-    <path>/<id>/share-<index>-g<generation>.safetensors     one rank's share, put there by its agent
+    <path>/<id>/share-<index>-<launch>.safetensors     one rank's share, put there by its agent
     <path>/<id>/manifest.json                   written last, by the driver: what has none does not exist
 
 Nothing here decides when a checkpoint is taken. What is removed loses its manifest first.
@@ -55,10 +55,13 @@ class Store:
 
     Args:
         path: A local path, or a URI. It need not exist yet.
+
+    Attributes:
+        path: The same, but absolute: executors have working directories of their own.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+        self.path = files.absolute(path)
 
     def survey(self) -> Survey:
         """Look at everything in the folder.
@@ -134,22 +137,22 @@ class Store:
         files.read_file(local, digest.update)
         return File(MODEL, local.stat().st_size, digest.hexdigest())
 
-    def share_place(self, checkpoint: str, index: int, generation: int) -> str:
+    def share_place(self, checkpoint: str, index: int, launch: int) -> str:
         """Where the share of one rank belongs, as a path or URI."""
-        return self.place(checkpoint, share_name(index, generation))
+        return self.place(checkpoint, share_name(index, launch))
 
     def place(self, checkpoint: str, name: str) -> str:
         """Where a file of a checkpoint is, as a path or URI."""
         return files.inside(files.inside(self.path, checkpoint), name)
 
-    def put_share(self, local: Path, checkpoint: str, index: int, generation: int) -> None:
+    def put_share(self, local: Path, checkpoint: str, index: int, launch: int) -> None:
         """Put a share into its place.
 
         Raises:
             CheckpointError: It cannot be written.
         """
         with _as_checkpoint_errors():
-            files.put_file(local, self.share_place(checkpoint, index, generation), overwrite=True, in_one_step=False)
+            files.put_file(local, self.share_place(checkpoint, index, launch), overwrite=True, in_one_step=False)
 
     def commit(self, manifest: Manifest) -> None:
         """Make a checkpoint exist, once all its shares are there.

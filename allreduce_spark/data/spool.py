@@ -7,8 +7,10 @@ every chunk notes in its metadata which blocks it holds, and the reader numbers 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ import pyarrow as pa
 
 from allreduce_spark.data.blocks import Block, ErrorBlock, cast_batch, merge_batches, schema_of
 from allreduce_spark.data.spec import RowSpec, common_spec
+from allreduce_spark.errors import ConfigError
 
 __all__ = ["CHUNK_BYTES", "ShardWriter"]
 
@@ -54,10 +57,11 @@ class ShardWriter:
     ) -> None:
         try:
             if error is None:
-                self._finish()
+                with self._naming_the_disk():
+                    self._finish()
         finally:
             if self._file is not None:
-                self._file.close()
+                self._file.discard()
             self._partial.unlink(missing_ok=True)
 
     def write(self, block: Block | ErrorBlock) -> None:
@@ -65,6 +69,7 @@ class ShardWriter:
 
         Raises:
             DataError: It is an error block, or its rows do not look like those of the blocks before it.
+            ConfigError: The disk does not take it. So may the end of the `with` block say.
         """
         if isinstance(block, ErrorBlock):
             raise block.error
@@ -74,12 +79,24 @@ class ShardWriter:
             raise ValueError(f"a {block.role!r} block came to the shard of the {self._first.role!r} rows")
         elif block.spec != self.spec:
             names = (f"partition {self._first.partition}", f"partition {block.partition}")
-            self._widen(common_spec(self.spec, block.spec, names))
+            with self._naming_the_disk():
+                self._widen(common_spec(self.spec, block.spec, names))
         self._waiting.append(block)
         self._waiting_bytes += block.batch.nbytes
         self.rows += len(block)
         if self._waiting_bytes >= self._chunk_bytes:
-            self._write_chunk()
+            with self._naming_the_disk():
+                self._write_chunk()
+
+    @contextlib.contextmanager
+    def _naming_the_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"the rows cannot be written to {str(self._path.parent)!r} on {socket.gethostname()}: {error}. Each host needs "
+                "room for the shards of its ranks on the local disk that Spark uses: see spark.local.dir, or SPARK_LOCAL_DIRS."
+            ) from error
 
     def _write_chunk(self) -> None:
         assert self.spec is not None  # for mypy: blocks wait, so there was a first
@@ -132,6 +149,10 @@ class _ChunkFile:
         if not self._sink.closed:
             self._writer.close()
             self._sink.close()
+
+    def discard(self) -> None:
+        """Close it as it is: it will not be read. A second call, or one after `close`, does nothing."""
+        self._sink.close()
 
 
 def read_chunks(reader: pa.ipc.RecordBatchFileReader) -> Iterator[tuple[pa.RecordBatch, Any]]:

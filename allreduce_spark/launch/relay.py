@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import secrets
 import select
 import selectors
 import time
@@ -106,7 +107,7 @@ class Relay:
         self._number, self._driver, self._start_rank, self._join = number, driver, start_rank, join
         self._folder, self._place, self._timeouts, self._store = folder, place, timeouts, store
         self._rank = start_rank()
-        self._forget_last_words()
+        self._meet_new_rank()
         self._heard: deque[Message] = deque()  # from the driver, to be obeyed
         self._lines: list[str] = []  # to be sent
         self._room, self._left_out, self._beat_at = LOG_LINES_PER_BEAT, 0, time.monotonic()
@@ -154,7 +155,8 @@ class Relay:
         self._selector.register(self._rank.output, selectors.EVENT_READ, self._from_output)
         self._selector.register(self._rank.pidfd, selectors.EVENT_READ, self._rank_ended)
 
-    def _forget_last_words(self) -> None:
+    def _meet_new_rank(self) -> None:
+        self._launch = secrets.randbits(32)
         self._pmi_unfinished = b""
         self._ended: dict[str, Any] | None = None  # the rank's last word, "done" or "failed"
         self._ended_at = 0.0
@@ -222,7 +224,7 @@ class Relay:
         release_shared_memory(self._folder)
         (self._folder / "result").unlink(missing_ok=True)
         self._place.restart(generation)
-        self._forget_last_words()
+        self._meet_new_rank()
         self._rank = self._start_rank()
         self._listen_to_rank()
         self.join()
@@ -247,7 +249,7 @@ class Relay:
             elif message.kind == "saved" and self._store is not None and "cause" not in message.fields:
                 generation = self._place.generation
                 uploaded = partial(self._uploaded, generation, self._rank.channel)
-                upload_share(self._store, self._number, generation, message.fields, uploaded)
+                upload_share(self._store, self._number, self._launch, message.fields, uploaded)
             else:
                 self._tell(message.kind, message.body, **message.fields)
 

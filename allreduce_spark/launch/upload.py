@@ -16,13 +16,13 @@ __all__ = ["upload_share"]
 
 
 def upload_share(
-    store: Store, rank: int, generation: int, fields: dict[str, Any], done: Callable[[dict[str, Any]], None]
+    store: Store, rank: int, launch: int, fields: dict[str, Any], done: Callable[[dict[str, Any]], None]
 ) -> None:
     """Upload one share and return at once.
 
     Args:
         store: Where to.
-        rank, generation: Whose share it is.
+        rank, launch: Whose share it is; see `share_name`.
         fields: What the rank has said of it: its id and its `file` on this disk, and more.
         done: Called in the thread with the fields, the `name` in the store among them, or with `cause` where it failed.
     """
@@ -30,12 +30,12 @@ def upload_share(
     def upload() -> None:
         try:
             with held(Path(fields["file"])) as share:
-                store.put_share(share, fields["id"], rank, generation)
+                store.put_share(share, fields["id"], rank, launch)
         except CheckpointError as error:
             done({"id": fields["id"], "cause": str(error)})
         except Exception as error:  # noqa: BLE001  whatever it is: the rank waits for an answer
             done({"id": fields["id"], "cause": f"{type(error).__name__}: {error}"})
         else:
-            done({**fields, "name": share_name(rank, generation)})
+            done({**fields, "name": share_name(rank, launch)})
 
     threading.Thread(target=upload, name="allreduce-spark-upload", daemon=True).start()

@@ -31,15 +31,18 @@ class Restarts:
 
         Args:
             failures: Of one generation, in order of time; not empty.
-            place: (epoch, step) of the rank that had come furthest.
+            place: (epoch, step) of the rank that had come furthest, as far as heartbeats have told.
         """
         cause = first_cause(failures)
         if not _may_pass(cause):
             return ""
+        # A rank that fails says where. The last heartbeat may be many short steps older.
+        place = max([place, *((each.epoch or 0, each.step) for each in failures if each.step is not None)])
         if place > self._furthest:
             self._furthest, self._count = place, 0
         same, self._last = self._last, (cause.error, cause.cause.partition("\n")[0], cause.epoch, cause.step)
-        if cause.step is not None and same == self._last and "SIGKILL" not in cause.cause:
+        by_chance = cause.stage_lost or "SIGKILL" in cause.cause
+        if cause.step is not None and same == self._last and not by_chance:
             return "the same error came at the same step again after a restart, so it will come every time"
         if self._count >= self._limit:
             if not self._limit:

@@ -18,6 +18,7 @@ from pyspark import RDD, SparkContext
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import FitConfig, Recovery, Timeouts
 from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
@@ -174,7 +175,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
         )
         with contextlib.closing(rendezvous):
             _, port = rendezvous.start(listen_host)
-            store = job.checkpoint.path if job.checkpoint else None
+            store = Store(job.checkpoint.path).path if job.checkpoint and job.checkpoint.path else None
             address = (reachable_host, port)
             task = StageTask(num_ranks, rows.num_ranks, address, key, job.timeouts, job.files(), store)
             fit.spectator.show_phase(Phase.START)

@@ -20,15 +20,15 @@ from allreduce_spark.config import Checkpoint
 from allreduce_spark.errors import CheckpointError, ConfigError
 
 
-def put_shares(store: Store, tmp_path: Path, step: int, world_size: int = 2, generation: int = 0) -> Manifest:
+def put_shares(store: Store, tmp_path: Path, step: int, world_size: int = 2, launch: int = 0) -> Manifest:
     """What the ranks of a fit do for a checkpoint; returns the manifest that the driver would commit."""
     shares = []
     for index in range(world_size):
         local = tmp_path / "local"
         local.write_bytes(os.urandom(100 + step + index))
-        store.put_share(local, f"000000-{step:08d}", index, generation)
+        store.put_share(local, f"000000-{step:08d}", index, launch)
         content = local.read_bytes()
-        shares.append(File(share_name(index, generation), len(content), hashlib.sha256(content).hexdigest()))
+        shares.append(File(share_name(index, launch), len(content), hashlib.sha256(content).hexdigest()))
     return Manifest(0, step, step, world_size, tuple(shares), None, saved_at=1e9 + step)
 
 
@@ -99,10 +99,10 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(store, tmp_path, cap
     ] == [
         "checkpoint 000000-00000020 is damaged: manifest.json is damaged: it is not JSON (Unterminated string starting at: "
         "line 1 column 12 (char 11))",
-        "checkpoint 000000-00000050 is damaged, falling back to the one before: share-0-g0.safetensors is not as it was "
+        "checkpoint 000000-00000050 is damaged, falling back to the one before: share-0-0.safetensors is not as it was "
         "written: its checksum is wrong",
-        "checkpoint 000000-00000040 is damaged, falling back to the one before: share-1-g0.safetensors is missing",
-        "checkpoint 000000-00000030 is damaged, falling back to the one before: share-1-g0.safetensors has 5 bytes, but was "
+        "checkpoint 000000-00000040 is damaged, falling back to the one before: share-1-0.safetensors is missing",
+        "checkpoint 000000-00000030 is damaged, falling back to the one before: share-1-0.safetensors has 5 bytes, but was "
         "written with 131",
     ]
 
@@ -149,7 +149,7 @@ def test_shares_that_the_driver_does_not_see_are_no_checkpoint(local_store, tmp_
     manifest = put_shares(local_store, tmp_path, 10)
     os.remove(local_store.share_place(manifest.id, 1, 0))
     with pytest.raises(
-        CheckpointError, match=r"share-1-g0.safetensors' is not there, .* must be one that all hosts share"
+        CheckpointError, match=r"share-1-0.safetensors' is not there, .* must be one that all hosts share"
     ):
         local_store.commit(manifest)
     Path(local_store.share_place(manifest.id, 1, 0)).write_bytes(b"cut off")
@@ -158,10 +158,16 @@ def test_shares_that_the_driver_does_not_see_are_no_checkpoint(local_store, tmp_
     assert local_store.checkpoints() == []
 
 
-def test_a_late_upload_of_a_generation_that_was_given_up_changes_nothing(store, tmp_path):
-    manifest = put_shares(store, tmp_path, 10, world_size=2, generation=1)
+def test_a_relative_path_is_of_the_process_that_makes_the_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Store("fits/first").path == str(tmp_path / "fits" / "first")
+    assert Store("s3://bucket/fit?region=eu-west-1").path == "s3://bucket/fit?region=eu-west-1"
+
+
+def test_a_late_upload_for_a_rank_that_is_no_more_changes_nothing(store, tmp_path):
+    manifest = put_shares(store, tmp_path, 10, world_size=2, launch=1)
     store.commit(manifest)
-    put_shares(store, tmp_path, 10, world_size=3, generation=0)
+    put_shares(store, tmp_path, 10, world_size=3, launch=0)
     assert store.latest() == manifest
     store.remove(manifest.id)
     assert [info for info in files.list_files(store.path) if info.path.startswith("000000-")] == []

@@ -75,8 +75,8 @@ def test_verifying_names_every_problem_and_fails(store, capsys):
     assert main(["checkpoints", "verify", store.path]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "fail  000001-00000000",
-        "      share-0-g0.safetensors is not as it was written: its checksum is wrong",
-        "      share-1-g0.safetensors is missing",
+        "      share-0-0.safetensors is not as it was written: its checksum is wrong",
+        "      share-1-0.safetensors is missing",
         "ok    000002-00000000",
         "-     000002-00000010  incomplete",
     ]

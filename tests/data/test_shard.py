@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import textwrap
@@ -18,7 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block, rows_to_blocks
 from allreduce_spark.data.rows import spec_of_row
-from allreduce_spark.errors import DataError
+from allreduce_spark.errors import ConfigError, DataError
 
 NUMERIC = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 DTYPES = [np.dtype(name) for name in (*NUMERIC, "float16", "float32", "float64")]
@@ -282,6 +283,20 @@ def test_a_foreign_file_is_refused(tmp_path):
             Shard.open(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         Shard.open(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20], ids=["while rows come", "at the end"])
+def test_a_disk_without_room_is_named_and_nothing_stays_on_it(tmp_path, chunk_bytes):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    try:
+        with pytest.raises(
+            ConfigError, match=rf"cannot be written to '{tmp_path}' on .*File too large.*spark\.local\.dir"
+        ):
+            spool(tmp_path / "shard", blocks_of([(np.zeros(5000), 1.0)]), chunk_bytes=chunk_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_shard_several_times_larger_than_memory_is_spooled_and_read(tmp_path):

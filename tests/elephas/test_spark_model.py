@@ -6,6 +6,7 @@ What is marked "Elephas:" does not work in Elephas 7.3.
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,6 +16,8 @@ from pyspark.mllib.linalg import Matrices, Matrix, Vector, Vectors
 from pyspark.sql import SparkSession
 from sklearn.datasets import load_digits
 
+from allreduce_spark import Checkpoint
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.elephas.gone import tell_about_modes
 from allreduce_spark.elephas.spark_model import AsynchronousSparkModel, SparkMLlibModel, SparkModel
 from allreduce_spark.elephas.utils.rdd_utils import to_labeled_point, to_simple_rdd
@@ -62,7 +65,7 @@ def test_training_reaches_the_accuracy_of_plain_keras_on_handwritten_digits(spar
     assert np.mean(spark_model.predict_classes(x[test]) == y[test]) == pytest.approx(accuracy, abs=1e-6)
 
 
-def test_few_rows_per_worker_are_trained_on_and_the_optimizer_comes_back(spark: SparkSession) -> None:
+def test_few_rows_per_worker_are_trained_on_and_the_optimizer_comes_back(spark: SparkSession, tmp_path: Path) -> None:
     # Elephas: 8 workers with 25 rows each and batch_size 64 train nothing; batch_size must be given; the optimizer's state is
     # lost.
     x, y = signs(200)
@@ -82,7 +85,8 @@ def test_few_rows_per_worker_are_trained_on_and_the_optimizer_comes_back(spark: 
     assert int(spark_model.master_network.optimizer.iterations) == 3 * 2  # 90 rows a rank are two steps
 
     spark_model.num_workers, spark_model.batch_size = 2, 50
-    spark_model.fit(rdd, verbose=0)
+    spark_model.fit(rdd, verbose=0, checkpoint=Checkpoint(str(tmp_path / "store")), resume="auto", max_restarts=0)
+    assert Store(tmp_path / "store").checkpoints()[-1].epoch == 1
     assert int(model.optimizer.iterations) == 6 + 2  # 100 rows a rank
     assert len(spark_model.training_histories) == 2
     assert spark_model.evaluate(x, y)[0] < after

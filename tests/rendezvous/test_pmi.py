@@ -208,7 +208,7 @@ def test_the_environment_makes_a_process_one_rank_and_hides_other_launchers():
 
 
 def test_a_rank_that_puts_keys_without_end_is_refused(monkeypatch):
-    monkeypatch.setattr(pmi, "KEYS_PER_RANK", 2)
+    monkeypatch.setattr(pmi, "KEYS_PER_RANK", 3)  # one is the mapping itself
     keys = KeySpace("names", 1, "(vector,(0,1,1))")
     answers = [keys.answer(0, f"cmd=put kvsname=names key=k{number} value=v")[0][1] for number in (0, 0, 1, 2, 1)]
     assert [answer.partition("rc=")[2][:2] for answer in answers] == ["0 ", "0 ", "0 ", "-1", "0 "]

@@ -33,6 +33,18 @@ def test_coming_further_once_gives_the_whole_budget_back():
     assert restarts.refusal([death()], places[4]) is not None
 
 
+def test_where_a_rank_failed_counts_though_no_heartbeat_has_told_of_it():
+    restarts = Restarts(1)
+    assert all(restarts.refusal([death(step)], (0, 0)) is None for step in range(1, 50))
+
+
+def test_machines_may_be_lost_twice_at_the_same_step():
+    lost = Failure("AgentLost", "the agent is gone", rank=1, phase="train", epoch=0, step=7, stage_lost=True)
+    restarts = Restarts(2)
+    assert [restarts.refusal([lost], (0, 7)) for _ in range(2)] == [None] * 2
+    assert "2 times" in restarts.refusal([lost], (0, 7))
+
+
 @pytest.mark.parametrize(
     "error", ["ConfigError", "DataError", "MissingDependencyError", "CancelledError", "Interrupted"]
 )

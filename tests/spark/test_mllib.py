@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -14,6 +15,8 @@ from pyspark import RDD
 from pyspark.mllib.regression import LabeledPoint
 from pyspark.sql import SparkSession
 
+from allreduce_spark import Checkpoint
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous import group, server
 from allreduce_spark.spark.adapters import to_labeled_point, to_matrix, to_vector
@@ -58,11 +61,15 @@ def points(spark: SparkSession) -> RDD[LabeledPoint]:
     return to_labeled_point(spark.sparkContext, X, CLASSES).map(mixed)
 
 
-def test_two_ranks_learn_the_classes_of_labeled_points_as_one_process_does(points: RDD[LabeledPoint]) -> None:
+def test_two_ranks_learn_the_classes_of_labeled_points_as_one_process_does(
+    points: RDD[LabeledPoint], tmp_path: Path
+) -> None:
     mllib_model, alone = SparkMLlibModel(compiled(), num_ranks=2), compiled()
     settings = {"epochs": 4, "shuffle": False, "verbose": 0}
     # Batches of all rows, so that both take the same steps whichever rank has which row.
-    history = mllib_model.fit(points, categorical=True, batch_size=30, validation_data=points, **settings)
+    safety = {"checkpoint": Checkpoint(str(tmp_path / "store")), "resume": "auto", "max_restarts": 0, "min_ranks": 1}
+    history = mllib_model.fit(points, categorical=True, batch_size=30, validation_data=points, **settings, **safety)
+    assert Store(tmp_path / "store").checkpoints()[-1].epoch == 4
     reference = alone.fit(X, np.eye(3)[CLASSES], batch_size=60, **settings)
 
     np.testing.assert_allclose(history.history["loss"], reference.history["loss"], rtol=1e-5)

@@ -113,7 +113,7 @@ def test_a_checkpoint_is_chosen_by_its_id_or_is_the_newest_that_is_whole(tmp_pat
     content = share.read_bytes()
     share.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert export_checkpoint(store, out, overwrite=True).step == 4
-    with pytest.raises(ConfigError, match=r"cannot be exported: share-1-g0.safetensors is not as it was written"):
+    with pytest.raises(ConfigError, match=r"cannot be exported: share-1-0.safetensors is not as it was written"):
         export_checkpoint(store, out, checkpoint=later.id, overwrite=True)
     with pytest.raises(ConfigError, match=r"cannot be exported: it has no manifest.json"):
         export_checkpoint(store, out, checkpoint="000009-00000000", overwrite=True)

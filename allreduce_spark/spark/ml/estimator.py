@@ -38,6 +38,8 @@ class AllReduceEstimator(Estimator[AllReduceTransformer], FitParams, Persistent)
     starts. Values that come in one line get the shape of the model's input, numeric columns are put together into one
     vector, and class indices become one-hot vectors for `categorical_crossentropy`.
 
+    A fit survives what `SparkModel.fit` survives. With `checkpointPath` and `resume="auto"`, one whose driver was lost goes on.
+
     Args:
         model: Compiled.
         params: Any of the params by name; `explainParams()` describes them.
@@ -87,6 +89,10 @@ class AllReduceEstimator(Estimator[AllReduceTransformer], FitParams, Persistent)
             shuffle=self.getOrDefault(self.shuffle),
             class_weight=self._if_set("classWeight"),
             seed=self._if_set("seed"),
+            checkpoint=self._checkpoint(),
+            resume=self.getOrDefault(self.resume),
+            max_restarts=self.getOrDefault(self.maxRestarts),
+            min_ranks=self._if_set("minRanks"),
         )
         return self._transformer(model, history.history)
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pyspark.ml.param import Param, Params
 
+from allreduce_spark.config import Checkpoint
 from allreduce_spark.errors import ConfigError
 
 __all__ = ["ColumnParams", "FitParams", "accessors"]
@@ -279,6 +280,41 @@ class FitParams(ColumnParams):
         _anything,
     )
 
+    checkpointPath = _param(
+        "checkpointPath",
+        "folder, a path that all hosts share or a URI, for checkpoints of a fit: one of its own for each fit, so also for each "
+        'point of a parameter grid. "" keeps checkpoints on the executors\' disks alone',
+        _text,
+    )
+    checkpointEverySteps = _param(
+        "checkpointEverySteps",
+        "steps from one checkpoint to the next; where neither this nor checkpointEverySeconds is set, as often as costs less "
+        "than 2 % of the time",
+        _count(1),
+    )
+    checkpointEverySeconds = _param(
+        "checkpointEverySeconds",
+        "seconds from one checkpoint to the next, instead of checkpointEverySteps",
+        lambda name, value: _number(name, value, least=0, below=math.inf),
+    )
+    resume = _param(
+        "resume",
+        '"auto" to go on from the newest whole checkpoint in checkpointPath, if there is one; "never" refuses a folder that '
+        "has any",
+        _one_of("auto", "never"),
+    )
+    maxRestarts = _param(
+        "maxRestarts",
+        "how often in a row ranks are started again, after one has died or a machine was lost, without having come further",
+        _count(0),
+    )
+    minRanks = _param(
+        "minRanks",
+        "train with as few ranks as this while there are no slots for more; where it is not set, all ranks at the start, and "
+        "as many as there are when machines are lost",
+        _count(1),
+    )
+
     def _set_fit_defaults(self) -> None:
         self._set_column_defaults()
         self._setDefault(
@@ -295,6 +331,9 @@ class FitParams(ColumnParams):
             verbose=0,
             callbacks=[],
             customObjects={},
+            checkpointPath="",
+            resume="never",
+            maxRestarts=3,
         )
 
     def _labels(self) -> tuple[str, ...]:
@@ -302,6 +341,18 @@ class FitParams(ColumnParams):
         if several and self.isSet(self.labelCol):
             raise ConfigError("labelCol and labelCols are both set: use one of them.")
         return tuple(several or [self.getOrDefault(self.labelCol)])
+
+    def _checkpoint(self) -> Checkpoint:
+        """The settings of checkpoints.
+
+        Raises:
+            ConfigError: They do not fit each other.
+        """
+        return Checkpoint(
+            self.getOrDefault(self.checkpointPath) or None,
+            every_steps=self._if_set("checkpointEverySteps"),
+            every_s=self._if_set("checkpointEverySeconds"),
+        )
 
     def _if_set(self, name: str) -> Any:
         """The value of a Param without a default, or None."""

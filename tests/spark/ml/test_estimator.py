@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -20,6 +21,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.types import ArrayType, DoubleType, StructType
 
 from allreduce_spark import SparkModel
+from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.errors import AllReduceSparkError
 from allreduce_spark.spark.ml.estimator import AllReduceEstimator
 
@@ -75,7 +77,7 @@ def weights_of(model: keras.Model) -> np.ndarray:
     return np.concatenate([weight.reshape(-1) for weight in model.get_weights()])
 
 
-def test_fit_gives_what_spark_model_gives_and_leaves_its_own_model_alone(spark: SparkSession) -> None:
+def test_fit_gives_what_spark_model_gives_and_leaves_its_own_model_alone(spark: SparkSession, tmp_path: Path) -> None:
     model = model_of(3, "softmax", "categorical_crossentropy", metrics=["accuracy"], weighted_metrics=["mae"])
     before = weights_of(model)
     estimator = AllReduceEstimator(
@@ -90,9 +92,18 @@ def test_fit_gives_what_spark_model_gives_and_leaves_its_own_model_alone(spark: 
         shuffle=False,
         seed=1,
         predictionCol="class",
+        checkpointPath=str(tmp_path / "store"),
+        checkpointEverySteps=2,
+        resume="auto",
+        maxRestarts=0,
+        minRanks=1,
     )
     frame = table(spark)
     transformer = estimator.fit(frame)
+    assert Store(tmp_path / "store").checkpoints()[-1].epoch == 3
+    again = estimator.fit(frame)  # Its driver might have been lost after the last step.
+    np.testing.assert_array_equal(weights_of(again.model), weights_of(transformer.model))
+    assert again.history == transformer.history
 
     np.testing.assert_array_equal(weights_of(model), before)
     assert model.optimizer.learning_rate.numpy() == pytest.approx(0.1)
@@ -276,6 +287,11 @@ GOOD = bad()
         ({"model": VALUE, "shuffle": "yes"}, GOOD, ["shuffle must be True or False"]),
         ({"model": VALUE, "learningRate": -1}, GOOD, ["learningRate", "at least 0"]),
         ({"model": VALUE, "classWeight": {0: "x"}}, GOOD, ["classWeight"]),
+        ({"model": VALUE, "resume": "auto"}, GOOD, ["resume='auto' needs a place", "Checkpoint(path)"]),
+        ({"model": VALUE, "resume": "yes"}, GOOD, ["resume must be one of 'auto', 'never'"]),
+        ({"model": VALUE, "checkpointEverySteps": 2, "checkpointEverySeconds": 2}, GOOD, ["one of every_steps and every_s"]),
+        ({"model": VALUE, "maxRestarts": -1}, GOOD, ["maxRestarts must be an integer of at least 0"]),
+        ({"model": VALUE, "minRanks": 0}, GOOD, ["minRanks must be an integer of at least 1"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_on_is_named_before_a_rank_starts(
