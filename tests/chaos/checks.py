@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import program
+import shape
 from scene import Scene, processes_of
 
 from allreduce_spark.checkpoint.store import Store
@@ -59,7 +60,7 @@ def longest_pause(scene: Scene) -> float | None:
     if scene.struck_at is None:
         return None
     times = [scene.struck_at, *(step.at for step in scene.steps() if step.at > scene.struck_at)]
-    return max((later - earlier for earlier, later in zip(times, times[1:], strict=False)), default=None)
+    return max((later - earlier for earlier, later in itertools.pairwise(times)), default=None)
 
 
 def _wrong_end(scene: Scene, exit_code: int, error: str | None, said: str | None) -> Iterator[str]:
@@ -77,7 +78,7 @@ def _wrong_end(scene: Scene, exit_code: int, error: str | None, said: str | None
 def _wrong_weights(scene: Scene, exit_code: int, reference: Path) -> Iterator[str]:
     if exit_code:
         return
-    same_ranks = {step.ranks for step in scene.steps()} == {program.RANKS}
+    same_ranks = {step.ranks for step in scene.steps()} == {shape.RANKS}
     with np.load(reference) as expected, np.load(scene.folder / "weights.npz") as found:
         for name in expected.files:
             one, other = expected[name], found[name]
@@ -90,7 +91,7 @@ def _wrong_weights(scene: Scene, exit_code: int, reference: Path) -> Iterator[st
 def _lost(scene: Scene) -> Iterator[str]:
     """Checkpoints that were complete at some time and are not now, though they were to be kept."""
     store = Store(str(scene.folder / "store"))
-    for checkpoint in sorted(scene.seen)[-program.KEEP :]:
+    for checkpoint in sorted(scene.seen)[-shape.KEEP :]:
         for problem in store.verify(checkpoint):
             yield f"checkpoint {checkpoint} was complete, and now {problem}"
 

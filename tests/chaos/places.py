@@ -1,4 +1,4 @@
-"""Where a fit of chaos runs: in one process of Spark, on a standalone cluster, or on hosts that are namespaces of this machine."""
+"""Where a fit of chaos runs: in one process of Spark, on a standalone cluster, or on hosts that are really namespaces."""
 
 from __future__ import annotations
 

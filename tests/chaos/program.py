@@ -13,13 +13,9 @@ from typing import Any
 import keras
 import numpy as np
 from pyspark.sql import SparkSession
+from shape import BATCH, EPOCHS, EVERY_STEPS, KEEP, RANKS, ROWS, STEPS
 
 from allreduce_spark import Checkpoint, SparkModel, Timeouts
-
-ROWS, BATCH, EPOCHS, RANKS = 640, 16, 4, 2
-STEPS = ROWS // (BATCH * RANKS)  # of an epoch
-EVERY_STEPS = 5
-KEEP = 5
 
 
 class Diary(keras.callbacks.Callback):
@@ -46,7 +42,7 @@ class Diary(keras.callbacks.Callback):
 
 
 def make_model(elastic: bool) -> keras.Model:
-    """Not built yet, so that the ranks must agree about its weights. Where their number may change, nothing is drawn in a step."""
+    """Not built yet, so that ranks must agree about its weights. Where their number may change, no step draws anything."""
     keras.utils.set_random_seed(1)
     layers = [keras.layers.Dense(64, "relu"), keras.layers.Dropout(0.0 if elastic else 0.3), keras.layers.Dense(1)]
     model = keras.Sequential(layers)

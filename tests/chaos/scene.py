@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import program
+import shape
 from places import Place
+from proxy import Proxy
 
 __all__ = ["Scene", "Settings", "Step", "processes_of"]
 
@@ -26,11 +27,10 @@ T = TypeVar("T")
 
 HERE = Path(__file__).parent
 PATIENCE_S = 90.0  # for what a fault waits for before it strikes
-NO_RANK = -1
 
 
 class Step(NamedTuple):
-    """What a rank has written down of one of its steps: when (monotonic), which since the beginning, its pid, how many ranks."""
+    """What a rank has written down of one of its steps: when (monotonic), which one of the fit, its pid, how many ranks."""
 
     at: float
     number: int
@@ -79,6 +79,7 @@ class Scene:
         self._watching = threading.Event()
         self._watcher = threading.Thread(target=self._watch_store, daemon=True)
         self._driver: subprocess.Popen[bytes] | None = None
+        self.proxy: Proxy  # where a fault has one
 
     # The driver.
 
@@ -165,7 +166,7 @@ class Scene:
             ]
         return []
 
-    def wait_for_a_step(self, first: int = 3, last: int = program.STEPS * program.EPOCHS // 2) -> None:
+    def wait_for_a_step(self, first: int = 3, last: int = shape.STEPS * shape.EPOCHS // 2) -> None:
         """Wait until rank 0 has taken a number of steps that is drawn from the range."""
         wanted = self.random.randint(first, last)
         self.wait_for(lambda: len(self.steps()) >= wanted and self.steps(1), f"step {wanted}")
