@@ -11,7 +11,7 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test lint bench clean distclean check-machine
+.PHONY: help demo test lint bench chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test       all tests"
 	@echo "make lint       ruff, mypy, the import rule"
 	@echo "make bench      measure step time, start-up, memory and inference (minutes; on a quiet machine)"
+	@echo "make chaos      disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
 	@echo "make clean      remove caches and build products; 'make distclean' removes .venv as well"
 
 demo: .venv/.demo
@@ -37,6 +38,10 @@ lint: .venv/.test
 # A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.
 bench: .venv/.test .venv-elephas/.created
 	set -e; for script in tests/benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# Not part of `make test`. Options such as `make chaos CHAOS="--faults kill-agent --repeats 1"`; --list names the faults.
+chaos: .venv/.test
+	$(BIN)/python tests/chaos/run.py $(CHAOS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -15,9 +15,9 @@ from scene import Scene, processes_of
 
 from allreduce_spark.checkpoint.store import Store
 
-__all__ = ["longest_pause", "segments", "violations"]
+__all__ = ["leftovers", "longest_pause", "segments", "violations"]
 
-GONE_S = 5.0  # until the last process has noticed that its driver is gone
+GONE_S = 15.0  # until the last process has noticed that its driver is gone
 
 
 def violations(scene: Scene, exit_code: int | None, error: str | None, said: str | None, reference: Path) -> list[str]:
@@ -36,7 +36,7 @@ def violations(scene: Scene, exit_code: int | None, error: str | None, said: str
 
 
 def leftovers(scene: Scene, segments_before: set[str]) -> list[str]:
-    """Processes, shared memory and folders that nobody needs any more; called when the cluster has ended as well."""
+    """Processes, shared memory and folders that nobody needs any more. Of a cluster, master and workers still run."""
     deadline = time.monotonic() + GONE_S
     while left := list(_leftovers(scene, segments_before)):
         if time.monotonic() > deadline:
@@ -100,7 +100,8 @@ def _leftovers(scene: Scene, segments_before: set[str]) -> Iterator[str]:
     for pid in processes_of(scene.folder):
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            yield f"process {pid} is left: {command[:100]}"
+            if "org.apache.spark.deploy." not in command:
+                yield f"process {pid} is left: {command[:100]}"
     for segment in sorted(segments() - segments_before):
         yield f"{segment} is left"
     for folder in (scene.folder / "tmp", scene.folder / "local"):

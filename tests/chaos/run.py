@@ -96,10 +96,7 @@ def run_trial(fault: Fault, folder: Path, reference: Path, seed: int) -> Outcome
             wrong.append(f"the fault could not be done: {type(error).__name__}: {error}")
         exit_code = scene.wait_for_the_end(max(fault.limit_s - (time.monotonic() - began), 5))
         wrong += violations(scene, exit_code, fault.error, fault.said, reference)
-        if fault.place == "local":
-            wrong += leftovers(scene, before)
-    if fault.place != "local":
-        wrong += leftovers(scene, before)
+        wrong += leftovers(scene, before) if exit_code is not None else []
     outcome = Outcome(tuple(wrong), longest_pause(scene), time.monotonic() - began)
     if wrong:
         print("\n".join(scene.log.read_text(errors="replace").splitlines()[-LOG_LINES:]), file=sys.stderr, flush=True)
