@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from pyspark import RDD, SparkContext
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.config import FitConfig, Recovery, Timeouts
+from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
@@ -97,7 +97,7 @@ def run_fit(
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     least = safety.recovery.min_ranks
     with (
-        tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder,
+        scratch_folder() as folder,  # as agents have one: should the driver be killed, the next fit removes it
         hold_slots(rows.num_ranks, partial(count_slots, context)),
         coordinate(safety, job.model) as coordinator,
     ):
@@ -110,7 +110,7 @@ def run_fit(
             coordinator.describe(fingerprint)
             return approved
 
-        result = Path(folder) / "result"
+        result = folder / "result"
         fit = _Fit(context, rows, job, approval, Restarts(safety.recovery.max_restarts), coordinator, spectator, result)
         num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
         while (loss := _train(fit, num_ranks)) is not None:
