@@ -11,7 +11,7 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test lint bench fuzz clean distclean check-machine
+.PHONY: help demo test lint bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       ruff, mypy, the import rule"
 	@echo "make bench      measure step time, start-up, memory and inference (minutes; on a quiet machine)"
 	@echo "make fuzz       a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
+	@echo "make chaos      disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
 	@echo "make clean      remove caches and build products; 'make distclean' removes .venv as well"
 
 demo: .venv/.demo
@@ -44,6 +45,10 @@ SEED ?= 0
 
 fuzz: .venv/.test
 	$(BIN)/python tests/rendezvous/fuzz_frames.py --frames $(FRAMES) --seed $(SEED)
+
+# Not part of `make test`. Options such as `make chaos CHAOS="--faults kill-agent --repeats 1"`; --list names the faults.
+chaos: .venv/.test
+	$(BIN)/python tests/chaos/run.py $(CHAOS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
