@@ -17,6 +17,8 @@ from allreduce_spark.rendezvous.group import (
     form_group,
     nodes_of,
     overdue,
+    stalled_for_long,
+    stragglers,
 )
 from allreduce_spark.rendezvous.protocol import Phase
 
@@ -213,3 +215,64 @@ def test_a_rank_may_go_from_validation_back_to_training():
     here = station(0, Phase.VALIDATE, epoch=0, step=12)
     here.move_to(Phase.TRAIN, 1, 0, NOW)
     assert (here.phase, here.epoch, here.step) == (Phase.TRAIN, 1, 0)
+
+
+# Who keeps the others waiting
+
+
+def test_of_ranks_in_the_same_step_those_that_wait_for_others_are_not_to_blame():
+    stuck = station(1, Phase.TRAIN, since=51, step=3)
+    waiting = [station(rank, Phase.TRAIN, since=50.5, step=3, is_waiting=True) for rank in (0, 2)]
+    failure = late(waiting[0], stuck, waiting[1])
+    assert failure.rank == 1
+    assert "also" not in failure.cause
+    assert "ranks [" not in failure.cause
+
+
+def test_a_stalled_rank_brings_what_it_was_doing():
+    failure = late(station(0, Phase.TRAIN, since=51, step=3, stack=("File callback.py, line 7",)))
+    assert failure.log_tail == ("File callback.py, line 7",)
+
+
+def test_a_rank_that_takes_long_for_a_step_is_named_until_it_goes_on():
+    timeouts = dataclasses.replace(TIMEOUTS, stall_warning_s=10)
+    slow, waiting = (
+        station(1, Phase.TRAIN, since=11, step=3),
+        station(0, Phase.TRAIN, since=11, step=3, is_waiting=True),
+    )
+    assert stalled_for_long([slow, waiting], NOW, timeouts) == [slow]
+    slow.warned = True
+    assert stalled_for_long([slow, waiting], NOW, timeouts) == []
+    slow.move_to(Phase.TRAIN, 0, 4, NOW)
+    assert not slow.warned
+    assert stalled_for_long([station(0, Phase.IMPORT, since=11)], NOW, timeouts) == []
+
+
+def working(rank: int, step_s: float, waited_s: float) -> Station:
+    """A rank of which two heartbeats tell how long it works for a step, and how long it waits then."""
+    one = station(rank, Phase.TRAIN)
+    one.note_waiting(False, 0.0, 0, 100, NOW)
+    one.note_waiting(True, 20 * waited_s, 0, 120, NOW + 20 * (step_s + waited_s))
+    return one
+
+
+def test_a_rank_that_works_longer_for_its_steps_than_the_others_is_named_once():
+    stations = [working(0, 0.1, 0.2), working(1, 0.3, 0.0), working(2, 0.11, 0.19)]
+    (text,) = stragglers(stations)
+    assert "rank 1 on host1 works 300 ms for a step, the ranks in the middle 110 ms" in text
+    assert stragglers(stations) == []
+
+
+def test_ranks_that_are_about_as_fast_are_not_named():
+    assert stragglers([working(0, 0.1, 0.0), working(1, 0.12, 0.0)]) == []
+    assert stragglers([working(0, 0.001, 0.01), working(1, 0.009, 0.0)]) == []
+    assert stragglers([working(0, 0.5, 0.0)]) == []
+
+
+def test_time_is_measured_anew_in_every_epoch():
+    one = station(0, Phase.TRAIN)
+    one.note_waiting(False, 0.0, 0, 90, NOW)
+    one.note_waiting(False, 0.0, 1, 5, NOW + 60)
+    assert one.step_s is None
+    one.note_waiting(False, 1.0, 1, 25, NOW + 63)
+    assert one.step_s == pytest.approx(0.1)

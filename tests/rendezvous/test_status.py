@@ -42,3 +42,15 @@ def test_the_last_words_of_a_process_that_was_killed_are_still_there(tmp_path):
 def test_only_its_user_may_read_the_page(tmp_path):
     StatusPage(tmp_path / "status")
     assert (tmp_path / "status").stat().st_mode & 0o077 == 0
+
+
+def test_waiting_and_the_wish_to_regroup_are_told_beside_the_place(tmp_path):
+    rank, agent = StatusPage(tmp_path / "status"), StatusPage(tmp_path / "status")
+    rank.write(Phase.TRAIN, 1, 2)
+    rank.write_waiting(True, 3.25)
+    agent.ask_to_regroup()
+    assert agent.read_waiting() == (True, 3.25)
+    assert rank.is_to_regroup
+    agent.ask_to_regroup(False)
+    rank.write_waiting(False, 4.5)
+    assert (agent.read_waiting(), rank.is_to_regroup, rank.read()) == ((False, 4.5), False, (Phase.TRAIN, 1, 2))

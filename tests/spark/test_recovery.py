@@ -13,6 +13,7 @@ import pytest
 from faulty_fits import (
     Fault,
     Outcome,
+    compiled,
     exit_quietly,
     fit,
     kill_agent,
@@ -26,6 +27,7 @@ from pyspark.sql import SparkSession
 from allreduce_spark import Checkpoint, Timeouts
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.errors import RankFailedError
+from allreduce_spark.spark import fit as fit_module
 
 pytestmark = pytest.mark.spark
 
@@ -120,3 +122,26 @@ def test_training_goes_on_where_no_checkpoint_can_be_written(
     messages = [record.getMessage() for record in caplog.records if "training goes on" in record.getMessage()]
     assert any("File too large" in message for message in messages)
     assert any("Not a directory" in message or "not a directory" in message for message in messages), messages
+
+
+def test_a_fit_that_begins_with_one_rank_grows_at_the_end_of_an_epoch(
+    spark: SparkSession,
+    nothing_is_left: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Slots that come back, as far as one machine can have it: the first answer is that there is one."""
+    answers = iter([1])
+    wait_for_slots = fit_module.wait_for_slots
+    monkeypatch.setattr(fit_module, "wait_for_slots", lambda *them: next(answers, None) or wait_for_slots(*them))
+    whole = fit(model=compiled(dropout=0), max_restarts=0)
+    with caplog.at_level(logging.WARNING, "allreduce_spark"):
+        grown = fit(
+            folder=tmp_path, model=compiled(dropout=0), checkpoint=Checkpoint(str(tmp_path / "store")), min_ranks=1
+        )
+    grown.check_is_close_to(whole)
+    assert (
+        "there are slots for more ranks. Another barrier stage goes on from epoch 1, step 0 with 2 of 2 ranks"
+        in caplog.text
+    )

@@ -1,0 +1,48 @@
+"""The communicator that says when its rank waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.watched import WatchedCommunicator
+
+
+def test_a_rank_is_seen_to_wait_and_the_one_that_is_waited_for_is_not(tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+    late_may_come = threading.Event()
+
+    def rank(communicator):
+        status = StatusPage(tmp_path / f"status-{communicator.rank}")
+        watched = WatchedCommunicator(communicator, status)
+        watched.barrier()
+        if watched.rank == 1:
+            assert late_may_come.wait(20)
+        buffer = np.ones(3, np.float32)
+        watched.allreduce(buffer)
+        return buffer.tolist(), status.read_waiting()
+
+    def look() -> None:
+        pages = [StatusPage(tmp_path / f"status-{rank}") for rank in (0, 1)]
+        while not pages[0].read_waiting()[0] or pages[1].read_waiting()[0]:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        seen.append((pages[0].read_waiting()[0], pages[1].read_waiting()[0]))
+        late_may_come.set()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    with ThreadPoolExecutor(2) as pool:
+        (sum_of_first, waited), (sum_of_second, came_late) = pool.map(rank, LocalGroup(2, timeout_s=30).communicators)
+    watcher.join()
+    assert seen == [(True, False)]
+    assert sum_of_first == sum_of_second == [2, 2, 2]
+    assert not waited[0]
+    assert not came_late[0]
+    assert waited[1] > came_late[1] + 0.1
