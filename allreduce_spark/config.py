@@ -86,12 +86,13 @@ class FitConfig:
 
     Attributes:
         epochs: Index of the last epoch, plus one.
-        batch_size: Rows per rank per step; the global batch is `batch_size * world_size` rows.
+        batch_size: Rows per shard per step, and so per rank while there are as many ranks as shards. The global batch has
+            `batch_size` times the number of shards rows, however many ranks train them.
         initial_epoch: Epoch to start at.
         validation_split: Share of the rows, 0 <= share < 1, that is held out for validation: the last rows of each shard.
-        validation_batch_size: Rows per rank per validation step.
+        validation_batch_size: Rows per shard per validation step.
         validation_freq: Validate after every so many epochs.
-        shuffle: Draw a new order of each shard's rows for every epoch, from (seed, epoch, rank).
+        shuffle: Draw a new order of each shard's rows for every epoch, from (seed, epoch, shard).
         class_weight: From class index to the weight of its rows in the loss, or None.
         sync_every: After how many steps the ranks combine what they have learnt: 1, k > 1, or "epoch".
         seed: Seed of shuffling and of everything random in the ranks, 0 <= seed < 2**32.

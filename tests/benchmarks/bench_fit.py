@@ -221,7 +221,7 @@ class Watch:
             self._note("connected")
 
     def _look_at_pages(self) -> None:
-        if all((page.parent / "train.arrow").exists() for page in self._pages):
+        if all(any(page.parent.glob("train-*.arrow")) for page in self._pages):
             self._note("spooled")
         order = list(Phase)
         behind = min(order.index(page.read()[0]) for page in self._pages.values())
