@@ -104,11 +104,12 @@ def test_a_driver_that_is_killed_and_submitted_again_goes_on_with_the_same_bits(
     command = [SUBMIT, "--conf", "spark.executor.cores=1"]
     code, output = run(cluster, tmp_path, command, dropout=0.0, fault="driver")
     assert code != 0, output
+    steps_before = faulty_fits.steps_in(tmp_path)
     code, output = run(cluster, tmp_path, command, dropout=0.0, fault="driver")  # the fault comes once
     assert code == 0, output
     Outcome.read(tmp_path / "outcome.npz").check_is(without_dropout)
-    steps = len((tmp_path / "steps").read_text().splitlines())
-    assert steps <= 6 * len(without_dropout.history["loss"]) + 2, "it has gone on from a checkpoint"
+    steps = faulty_fits.steps_in(tmp_path) - steps_before
+    assert steps < 6 * len(without_dropout.history["loss"]), "it has gone on from a checkpoint"
     check_nothing_is_left(cluster)
 
 
@@ -116,11 +117,10 @@ def test_a_driver_that_is_killed_and_submitted_again_goes_on_with_the_same_bits(
 def test_a_machine_that_is_lost_for_good_leaves_its_shards_to_the_other_one(
     cluster: Any, without_dropout: Outcome, tmp_path: Path
 ) -> None:
-    steps = tmp_path / "steps"
     wish = {"folder": str(tmp_path), "store": str(tmp_path / "store"), "dropout": 0.0, "pause_s": 0.2}
     with driver(cluster, [sys.executable], **wish) as started:
         deadline = time.monotonic() + RUN_S
-        while not steps.exists() or len(steps.read_text().splitlines()) < 9:
+        while faulty_fits.steps_in(tmp_path) < 9:
             assert time.monotonic() < deadline
             assert started.poll() is None
             time.sleep(0.05)
@@ -129,5 +129,5 @@ def test_a_machine_that_is_lost_for_good_leaves_its_shards_to_the_other_one(
     assert started.returncode == 0, output
     assert re.search(r"from epoch 1, step [024] with 1 of 2 ranks", output)
     Outcome.read(tmp_path / "outcome.npz").check_is_close_to(without_dropout)
-    check_nothing_is_left(cluster)
+    assert ranks(cluster.folder) == []  # of the files on a machine that is lost nobody can take care
     sys.stdout.write(output[-400:])

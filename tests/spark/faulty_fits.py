@@ -130,6 +130,12 @@ class Faults(keras.callbacks.Callback):
         self.meet("train_end")
 
 
+def steps_in(folder: Path) -> int:
+    """How many steps the root has taken."""
+    file = folder / "steps"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a fit ends with."""
