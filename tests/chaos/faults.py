@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import shape
 from places import disk
 from proxy import Proxy
-from scene import Scene, Settings, parent_of, processes_of, run
+from scene import Scene, Settings, environment_of, parent_of, processes_of, run
 
 __all__ = ["FAULTS", "Fault"]
 
@@ -132,9 +133,10 @@ def kill_executor(scene: Scene) -> None:
 def kill_host(scene: Scene) -> None:
     """A worker with all that it has started, for good: one rank goes on alone."""
     scene.wait_for_a_step()
-    lost = scene.executor(1)
-    worker = parent_of(lost)
-    scene.kill(worker, lost, scene.agent(1), parent_of(scene.rank(1)), scene.rank(1))
+    rank, agent, executor = scene.rank(1), scene.agent(1), scene.executor(1)
+    its_disk = environment_of(agent)["SPARK_LOCAL_DIRS"]
+    scene.kill(parent_of(executor), executor, agent, rank)
+    shutil.rmtree(its_disk)
 
 
 @fault(settings=Settings(hold=("write", 1), hold_after=(1, 6)))
@@ -186,11 +188,10 @@ def rank_out_of_memory(scene: Scene) -> None:
     """A rank takes more memory than its control group allows, and the kernel kills it."""
     scene.wait_for_a_step()
     pid = scene.rank(1)
-    used = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     group = Path(f"/sys/fs/cgroup/memory/chaos-{pid}")
     group.mkdir()
     try:
-        (group / "memory.limit_in_bytes").write_text(str(used + (64 << 20)))
+        (group / "memory.limit_in_bytes").write_text(str(256 << 20))  # of what it takes from now on
         (group / "cgroup.procs").write_text(str(pid))
         scene.strike()
         (scene.folder / f"allocate-{pid}").touch()
@@ -221,7 +222,7 @@ def stop_driver(scene: Scene) -> None:
 
 
 @fault(
-    settings=Settings(timeouts={"step_s": 8.0, "stall_warning_s": 3.0}), said=r"the others wait for it|so have ranks"
+    settings=Settings(timeouts={"step_s": 15.0, "stall_warning_s": 5.0}), said=r"the others wait for it|so have ranks"
 )
 def stop_rank_for_good(scene: Scene) -> None:
     """It is named, killed when `step_s` is over, and replaced."""
@@ -242,11 +243,11 @@ def stop_rank_for_good(scene: Scene) -> None:
 def partition_and_heal(scene: Scene) -> None:
     """A worker's host is off the network for longer than `silence_s`, and then comes back."""
     scene.wait_for_a_step(last=15)
-    hub = scene.place.hosts[0].rpartition("-")[0] + "-hub"
+    port = ["ip", "-n", scene.place.hosts[0], "link", "set", "port2"]
     scene.strike()
-    run(["ip", "-n", hub, "link", "set", "port2", "down"])
+    run([*port, "down"])
     time.sleep(PAUSE_S)
-    run(["ip", "-n", hub, "link", "set", "port2", "up"])
+    run([*port, "up"])
 
 
 @fault(place="namespaces", needs=("iptables",), limit_s=240.0)
@@ -255,7 +256,7 @@ def packet_loss(scene: Scene) -> None:
     scene.wait_for_a_step()
     scene.strike()
     lose = ["iptables", "-A", "INPUT", "-m", "statistic", "--mode", "random", "--probability", "0.05", "-j", "DROP"]
-    run(["ip", "netns", "exec", scene.place.hosts[1], *lose])
+    run(["ip", "netns", "exec", scene.place.hosts[2], *lose])
 
 
 @contextlib.contextmanager
@@ -314,28 +315,30 @@ def wrong_key(scene: Scene) -> None:
             answer, _, _ = protocol.answer_challenge(b"x" * 32, challenge, b"y" * protocol.NONCE_BYTES)
             noise = scene.random.randbytes(len(answer))
             sock.sendall((answer, noise, answer[: len(answer) // 2], b"")[number % 4])
-            if number % 4 < 2 and sock.recv(1):
-                raise AssertionError("the driver has answered a stranger")
+            with contextlib.suppress(ConnectionError):
+                if number % 4 < 2 and sock.recv(1):
+                    raise AssertionError("the driver has answered a stranger")
         scene.wait_for_more_steps(5)
 
 
-@fault(settings=SLOW, limit_s=240.0)
+@fault(settings=Settings(pace_s=0.3), limit_s=240.0)
 def ten_thousand_connections(scene: Scene) -> None:
-    """To the driver's port: all that it has room for at once, again and again."""
+    """To the driver's port: more at once than it has room for, again and again."""
     scene.wait_for_a_step(last=10)
+    address = scene.rendezvous()
     scene.strike()
-    open_ones: list[socket.socket] = []
+    open_ones: deque[socket.socket] = deque()
     refused = 0
     for _ in range(10_000):
         try:
-            open_ones.append(scene.stranger())
+            open_ones.append(socket.create_connection(address, timeout=10))
         except OSError:
             refused += 1
         if len(open_ones) > 500:
-            open_ones.pop(0).close()
+            open_ones.popleft().close()
     for sock in open_ones:
         sock.close()
-    if refused > 9_000:
+    if refused > 1_000:
         raise AssertionError(f"{refused} of 10,000 connections came to nothing: that is no test")
 
 
@@ -349,7 +352,7 @@ def small_disk(scene: Scene) -> Iterator[None]:
         yield
 
 
-@fault(needs=("mount",), around=small_disk, settings=SLOW, said="could not be saved; training goes on")
+@fault(needs=("mount",), around=small_disk, settings=SLOW, said="is given up, and training goes on")
 def disk_full_at_a_checkpoint(scene: Scene) -> None:
     """There is no room for one for some steps; the training goes on, and later there are others."""
     scene.wait_for_a_step(last=20)

@@ -21,7 +21,7 @@ import shape
 from places import Place
 from proxy import Proxy
 
-__all__ = ["Scene", "Settings", "Step", "processes_of"]
+__all__ = ["Scene", "Settings", "Step", "environment_of", "parent_of", "processes_of", "run"]
 
 T = TypeVar("T")
 
@@ -243,6 +243,12 @@ class Scene:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("PPid:")[1].split()[0])
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """With which a process was started."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def processes_of(folder: Path) -> list[int]:
