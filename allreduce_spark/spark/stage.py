@@ -48,6 +48,9 @@ LOOK_S = 0.5  # at which stages run
 REGROUP_S = 3.0
 LEAVE_S = 1.0  # agents kill their ranks and leave within a few milliseconds
 
+# What an agent raises that has lost the driver; not one that never reached it, which another stage would not reach either.
+_DRIVER_IS_GONE = r"RendezvousError: (the driver is gone|rank \d+ has not heard of the driver)"
+
 
 @dataclass(frozen=True)
 class StageTask:
@@ -303,8 +306,8 @@ def _failure_of_job(error: Exception | None) -> Failure:
     missing = missing_module(error)
     if missing is not None:
         return Failure("MissingDependencyError", missing)
-    # Where a worker or an executor died, its agent's connection has told so before, with rank and step.
-    died = re.search("Python worker exited unexpectedly|ExecutorLostFailure", text) is not None
+    # Where a worker or an executor died, or a connection broke, the rendezvous has been told so before, with rank and step.
+    died = re.search(rf"Python worker exited unexpectedly|ExecutorLostFailure|{_DRIVER_IS_GONE}", text) is not None
     return Failure(
         "SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died, stage_lost=died
     )

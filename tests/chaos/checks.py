@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import itertools
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -105,5 +107,6 @@ def _leftovers(scene: Scene, segments_before: set[str]) -> Iterator[str]:
     for segment in sorted(segments() - segments_before):
         yield f"{segment} is left"
     for folder in (scene.folder / "tmp", scene.folder / "local"):
-        for path in sorted(folder.rglob("allreduce_spark-*")):
-            yield f"{path.relative_to(scene.folder)} is left"
+        for parent, names, _ in os.walk(folder):  # which takes it that folders vanish meanwhile
+            for name in fnmatch.filter(names, "allreduce_spark-*"):
+                yield f"{Path(parent, name).relative_to(scene.folder)} is left"

@@ -19,12 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import disks
+import killed
+import networks
+import stopped
 from checks import leftovers, longest_pause, segments, violations
-from faults import FAULTS, Fault
+from fault import FAULTS, Fault
 from places import PLACES, why_not
 from scene import Scene, Settings
 
 LOG_LINES = 40
+FAMILIES = (killed, stopped, networks, disks)  # each enters its faults into FAULTS when it is imported
 
 
 @dataclass(frozen=True)

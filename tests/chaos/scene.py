@@ -21,7 +21,7 @@ import shape
 from places import Place
 from proxy import Proxy
 
-__all__ = ["Scene", "Settings", "Step", "processes_of"]
+__all__ = ["Scene", "Settings", "Step", "environment_of", "parent_of", "processes_of", "run"]
 
 T = TypeVar("T")
 
@@ -112,6 +112,18 @@ class Scene:
                 start_new_session=True,
             )
 
+    def go_on_without(self, driver: int, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Kill the driver; when all its processes are gone, do something, and start another one."""
+        self.kill(driver)
+        self.wait_for_the_end(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while left := processes_of(self.folder):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{PATIENCE_S:.0f} s after the driver there still are processes {left}")
+            time.sleep(0.1)
+        meanwhile()
+        self.start(resume="auto")
+
     @property
     def log(self) -> Path:
         """What the driver has printed."""
@@ -188,6 +200,15 @@ class Scene:
         """The pid of the JVM that runs its task: the parent of the daemon of which workers are forked."""
         return parent_of(parent_of(self.agent(number)))
 
+    def children(self, parent: int) -> list[int]:
+        """Those of a process that belong to this trial."""
+        found = []
+        for pid in processes_of(self.folder):
+            with contextlib.suppress(OSError):
+                if parent_of(pid) == parent:
+                    found.append(pid)
+        return found
+
     def rendezvous(self) -> tuple[str, int]:
         """The driver's address, as agents are told it."""
         file = self.folder / "driver-address"
@@ -214,7 +235,10 @@ class Scene:
         self.struck_at = self.struck_at or time.monotonic()
 
     def send(self, number: int, *pids: int) -> None:
+        """Send a signal to each that is still there."""
         for pid in pids:
+            if pid < 2:
+                raise ValueError(f"{pid} is not the pid of a process of this trial")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
@@ -243,6 +267,12 @@ class Scene:
 
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/status").read_text().split("PPid:")[1].split()[0])
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """With which a process was started."""
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
 
 
 def processes_of(folder: Path) -> list[int]:
