@@ -91,7 +91,7 @@ def test_ranks_are_forked_one_after_the_other_each_with_a_place_of_its_own(warm,
     for number, size in ((0, 3), (2, 3), (1, 2)):
         with contextlib.closing(warm.start_rank(number, size)) as rank:
             said = rank.channel.receive(60).fields
-            assert (said["rank"], said["size"]) == (str(number), str(size))
+            assert (said["rank"], said["size"]) == (number, str(size))
             assert said["parent"] == warm._process.pid
             wait_for_end(rank)
             assert rank.read_output() == [f"I am {number}"], "and nothing that another rank has printed"

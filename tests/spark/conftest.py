@@ -23,7 +23,7 @@ def undisturbed(spark: SparkSession) -> Any:
     from faulty_fits import SETTINGS, fit  # only here: it imports Keras
 
     outcome = fit(max_restarts=0)
-    assert len(outcome.history["loss"]) == 6 < SETTINGS["epochs"], "EarlyStopping has its part in it"
+    assert 3 < len(outcome.history["loss"]) < SETTINGS["epochs"], "EarlyStopping has its part in it"
     return outcome
 
 

@@ -87,7 +87,7 @@ def trains(channel, folder, status):
 
 def says_who_it_is(channel, folder, status):
     say(f"I am {os.environ['PMI_RANK']}")
-    channel.send("me", rank=os.environ["PMI_RANK"], size=os.environ["PMI_SIZE"], parent=os.getppid())
+    channel.send("me", rank=int(os.environ["PMI_RANK"]), size=os.environ["PMI_SIZE"], parent=os.getppid())
 
 
 def draws_a_number(channel, folder, status):
