@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import FitConfig, Recovery, Timeouts
+from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
@@ -101,7 +101,7 @@ def run_fit(
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     least = safety.recovery.min_ranks
     with (
-        tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder,
+        scratch_folder() as folder,  # which the next fit here removes if this driver is killed
         hold_slots(rows.num_ranks, partial(count_slots, context)),
         coordinate(safety, job.model) as coordinator,
     ):
@@ -114,7 +114,7 @@ def run_fit(
             coordinator.describe(fingerprint)
             return approved
 
-        result = Path(folder) / "result"
+        result = folder / "result"
         fit = _Fit(context, rows, job, approval, Restarts(safety.recovery.max_restarts), coordinator, spectator, result)
         num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
         while (why := _train(fit, num_ranks)) is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import resource
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -101,8 +102,11 @@ def limit_file_size() -> None:
 
 
 def replace_by_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.touch()
+    for number in itertools.count():
+        folder.rename(folder.with_name(f"{folder.name}-{number}"))
+        with contextlib.suppress(FileExistsError):  # Somebody is just writing there, and has made the folder again.
+            folder.touch(exist_ok=False)
+            return
 
 
 def test_training_goes_on_where_no_checkpoint_can_be_written(
