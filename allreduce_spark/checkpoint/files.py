@@ -7,6 +7,7 @@ or `file:///...`. Credentials and options are those of `pyarrow.fs.FileSystem.fr
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import secrets
@@ -50,8 +51,10 @@ def absolute(place: str | os.PathLike[str]) -> str:
     return text if _SCHEME.match(text) else os.path.abspath(text)
 
 
-def put_file(local: Path, destination: str | os.PathLike[str], *, overwrite: bool, in_one_step: bool = True) -> None:
-    """Copy a local file to `destination`, and make folders on the way.
+def put_file(
+    local: Path | bytes, destination: str | os.PathLike[str], *, overwrite: bool, in_one_step: bool = True
+) -> None:
+    """Copy a local file, or the content of one, to `destination`, and make folders on the way.
 
     It is written under another name beside the destination first and gets its own in one step. Local files, and HDFS's, are on
     disk when this returns.
@@ -179,16 +182,18 @@ def _locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
         return system, path
 
 
-def _upload(local: Path, system: fs.FileSystem, path: str) -> None:
-    if isinstance(system, fs.LocalFileSystem):
-        with local.open("rb") as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file, PIECE_BYTES)
-            file.flush()
-            os.fsync(file.fileno())
-        return
-    with local.open("rb") as source, system.open_output_stream(path) as stream:
-        shutil.copyfileobj(source, stream, PIECE_BYTES)
-    written, expected = system.get_file_info(path).size, local.stat().st_size
+def _upload(local: Path | bytes, system: fs.FileSystem, path: str) -> None:
+    expected = len(local) if isinstance(local, bytes) else local.stat().st_size
+    with io.BytesIO(local) if isinstance(local, bytes) else local.open("rb") as source:
+        if isinstance(system, fs.LocalFileSystem):
+            with open(path, "wb") as file:
+                shutil.copyfileobj(source, file, PIECE_BYTES)
+                file.flush()
+                os.fsync(file.fileno())
+            return
+        with system.open_output_stream(path) as stream:
+            shutil.copyfileobj(source, stream, PIECE_BYTES)
+    written = system.get_file_info(path).size
     if written != expected:
         raise OSError(f"{written} of {expected} bytes have arrived")
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,10 +169,8 @@ class Store:
                         f"{self.place(manifest.id, share.name)!r} {found}, as the driver sees it, though its rank has written "
                         "it. Checkpoint.path must be one that all hosts share: a mounted file system, or a URI."
                     )
-            with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-                local = Path(folder) / MANIFEST
-                local.write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
-                files.put_file(local, self.place(manifest.id, MANIFEST), overwrite=True)
+            content = json.dumps(manifest.to_json(), indent=1).encode()
+            files.put_file(content, self.place(manifest.id, MANIFEST), overwrite=True)
 
     def checkpoints(self) -> list[Manifest]:
         """The complete ones, oldest first. Of damaged manifests there is a warning.

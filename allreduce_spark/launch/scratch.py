@@ -1,4 +1,4 @@
-"""The scratch folder of one agent: private, and gone afterwards, even if the agent is killed.
+"""The scratch folder of one agent, or of a fit on the driver: private, and gone afterwards, even if its process is killed.
 
 Each folder holds a lock file that its agent keeps locked. The kernel drops the lock when the agent dies, however it dies, so
 the next agent on that machine can tell a folder that is in use from one that was left behind, and removes the latter.

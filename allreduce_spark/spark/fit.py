@@ -101,7 +101,7 @@ def run_fit(
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     least = safety.recovery.min_ranks
     with (
-        scratch_folder() as folder,  # as agents have one: should the driver be killed, the next fit removes it
+        scratch_folder() as folder,  # which the next fit here removes if this driver is killed
         hold_slots(rows.num_ranks, partial(count_slots, context)),
         coordinate(safety, job.model) as coordinator,
     ):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
@@ -16,7 +14,9 @@ from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint, FitConfig, Recovery
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Join, shards_of
+from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.identity import fingerprint_of
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
     else:
         store = Store(path)
         store.begin(resumed.id if resumed else None)
-        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-            local = Path(folder) / "model.keras"
+        with scratch_folder() as folder:
+            local = folder / "model.keras"
             local.write_bytes(archive)
             model = store.put_model(local)
         coordinator = Coordinator(safety.checkpoint, store, model=model, resumed=resumed)
@@ -93,7 +93,10 @@ def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
 
 def fingerprint_of_joins(model: keras.Model, config: FitConfig, joins: Sequence[Join], spec: str | None) -> Fingerprint:
     """What this fit is a fit of, once all shards are on disk."""
-    return fingerprint_of(model, config, spec or "", tuple(shard.rows for shard in shards_of(joins)))
+    rows = tuple(shard.rows for shard in shards_of(joins))
+    held_out = validation_rows_of(rows, config.validation_split)
+    trained_on = tuple(all_ - some for all_, some in zip(rows, held_out, strict=True))
+    return fingerprint_of(model, config, spec or "", trained_on)
 
 
 def check_resumable(resumed: Manifest, now: Fingerprint) -> None:

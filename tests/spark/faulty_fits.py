@@ -5,9 +5,11 @@ Also a program, for faults that a driver does not survive: `python faulty_fits.p
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -69,6 +71,20 @@ def exit_quietly() -> None:
 
 def raise_error() -> None:
     raise ConnectionError("the license server did not answer")
+
+
+def limit_file_size() -> None:
+    """For this process the disk is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+
+
+def replace_by_file(folder: Path) -> None:
+    for number in itertools.count():
+        folder.rename(folder.with_name(f"{folder.name}-{number}"))
+        with contextlib.suppress(FileExistsError):  # Somebody is just writing there, and has made the folder again.
+            folder.touch(exist_ok=False)
+            return
 
 
 @dataclass(frozen=True)

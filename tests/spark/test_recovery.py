@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import shutil
-import signal
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +16,9 @@ from faulty_fits import (
     kill_agent,
     kill_rank,
     kill_warm_process,
+    limit_file_size,
     raise_error,
+    replace_by_file,
     stop_rank,
 )
 from pyspark.sql import SparkSession
@@ -94,17 +93,6 @@ def test_an_error_that_comes_again_at_the_same_step_ends_the_fit_and_says_so(
         fit(Fault("train_batch_end", 1, raise_error, 1, 2, again=True), folder=tmp_path)
     assert (caught.value.rank, caught.value.epoch, caught.value.step) == (1, 1, 2)
     assert caught.value.cause.startswith("ConnectionError: the license server did not answer")
-
-
-def limit_file_size() -> None:
-    """For this process the disk is full."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
-
-
-def replace_by_file(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.touch()
 
 
 def test_training_goes_on_where_no_checkpoint_can_be_written(

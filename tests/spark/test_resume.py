@@ -90,7 +90,7 @@ def test_a_fit_that_had_come_to_its_end_is_not_trained_again(
     ("arguments", "words"),
     [
         ({"resume": "never"}, "holds .* checkpoints already, .*Pass resume='auto'"),
-        ({"model": "wider"}, "the model: saved with 3 layers and 129 parameters"),
+        ({"model": "wider"}, "the model: saved with 4 layers and 129 parameters"),
         ({"model": "sgd"}, "the optimizer: saved with .*Adam.*, now .*SGD"),
         ({"batch_size": 5}, "the global batch size: saved with 14, now 10"),
         ({"validation_split": 0.0, "validation_data": (X, Y)}, "the rows: saved with"),
