@@ -434,8 +434,10 @@ class Rendezvous:
         self._failures, self._keys, now = [], None, time.monotonic()
         self._call(self._note_restart, cause)
         for rank, agent in self._agents.items():
-            host = _station(agent).host
-            agent.station = Station(rank, host, heard_at=now, changed_at=now, phase=Phase.RESTART)
+            before = _station(agent)
+            # One that still writes its rows down has nothing to start again, and hears of it when it comes to it.
+            phase = Phase.RESTART if before.join else Phase.SPOOL
+            agent.station = Station(rank, before.host, heard_at=now, changed_at=now, phase=phase)
             agent.send("restart", generation=self._generation, cause=cause.cause[:4096])
         self._call(self._show_progress, {"phase": Phase.RESTART.value})
 

@@ -15,6 +15,7 @@ from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import DataError, RendezvousError
 from allreduce_spark.rendezvous import protocol, server
 from allreduce_spark.rendezvous.client import Connection
+from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.rendezvous.server import Rendezvous
 
 
@@ -464,3 +465,52 @@ def test_an_agent_that_reads_nothing_holds_up_nobody(meet):
     zero.say("done")
     one.say("done")
     assert zero.hear().kind == one.hear().kind == "finish"
+
+
+# Other generations
+
+
+def test_after_a_restart_the_ranks_form_another_group_and_old_words_are_not_heard(meet):
+    meeting = meet(2, restarts=Restarts(1), resume=lambda joins: {"id": "-".join(joins[0].saved)})
+    zero, one = meeting.gather()
+    one.at("train", 0, 5)
+    one.say("failed", error="RankDied", cause="killed by SIGKILL", phase="train", epoch=0, step=5, generation=0)
+    for agent in (zero, one):
+        message = agent.hear()
+        assert (message.kind, message.fields["generation"]) == ("restart", 1)
+    zero.say("done", generation=0)
+    zero.say("failed", error="CollectiveError", cause="lost the others", consequence=True, generation=0)
+    for agent in (zero, one):
+        agent.say("join", host_key="a", shards=[{"shard": agent.rank, "rows": 10}], saved=["7"], generation=1)
+    told = [agent.hear() for agent in (zero, one)]
+    assert [message.kind for message in told] == ["member", "member"]
+    assert [message.fields["membership"]["generation"] for message in told] == [1, 1]
+    assert [message.fields["resume"] for message in told] == [{"id": "7"}] * 2
+    for agent in (zero, one):
+        agent.say("done", generation=1)
+    meeting.end()
+    assert meeting.rendezvous.failure is None
+
+
+def test_an_agent_that_still_reads_rows_during_a_restart_has_the_time_that_reading_has(meet):
+    timeouts = Timeouts(heartbeat_s=0.05, init_s=0.3, spool_s=60, teardown_s=5)
+    meeting = meet(2, timeouts, restarts=Restarts(1))
+    zero, one = meeting.agent(0), meeting.agent(1)
+    zero.join()
+    zero.say("failed", error="RankDied", cause="killed by SIGKILL", generation=0)
+    assert zero.hear().kind == "restart"
+    zero.say("join", host_key="a", shards=[{"shard": 0, "rows": 10}], saved=[], generation=1)
+    assert not meeting.rendezvous.wait(1.0)
+    assert one.hear().kind == "restart"
+    one.say("join", host_key="a", shards=[{"shard": 1, "rows": 10}], saved=[], generation=1)
+    assert zero.hear().kind == one.hear().kind == "member"
+
+
+def test_ranks_that_end_because_more_of_them_can_go_on_say_so(meet):
+    meeting = meet(1)
+    (agent,) = meeting.gather()
+    meeting.rendezvous.regroup()
+    assert agent.hear().kind == "regroup"
+    agent.say("done", regroups=True)
+    meeting.end()
+    assert meeting.rendezvous.regroups
