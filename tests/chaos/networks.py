@@ -12,7 +12,7 @@ from fault import fault
 from proxy import Proxy
 from scene import Scene, Settings, run
 
-from allreduce_spark.rendezvous import protocol
+from allreduce_spark.rendezvous import handshake
 
 PAUSE_S = 10.0
 
@@ -91,8 +91,8 @@ def wrong_key(scene: Scene) -> None:
     with contextlib.ExitStack() as strangers:
         for number in range(8):
             sock = strangers.enter_context(scene.stranger())
-            challenge = sock.recv(protocol.CHALLENGE_BYTES, socket.MSG_WAITALL)
-            answer, _, _ = protocol.answer_challenge(b"x" * 32, challenge, b"y" * protocol.NONCE_BYTES)
+            challenge = sock.recv(handshake.CHALLENGE_BYTES, socket.MSG_WAITALL)
+            answer = handshake.Answer(b"x" * 32, challenge).data
             noise = scene.random.randbytes(len(answer))
             sock.sendall((answer, noise, answer[: len(answer) // 2], b"")[number % 4])
             with contextlib.suppress(ConnectionError):
