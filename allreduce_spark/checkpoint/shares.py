@@ -22,9 +22,10 @@ import numpy as np
 from allreduce_spark.checkpoint.share_format import Array, Layout, Share, header_of, lay_out, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
-__all__ = ["Saved", "Share", "ShareWriter", "deal", "held", "local_shares", "read_share"]
+__all__ = ["LOCAL_FOLDER", "Saved", "Share", "ShareWriter", "deal", "held", "local_shares", "read_share"]
 
 PIECE_BYTES = 4 << 20
+LOCAL_FOLDER = "checkpoints"  # of an agent's scratch folder
 _SPARE = "spare-"
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from allreduce_spark.checkpoint.shares import local_shares
+from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, local_shares
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
@@ -119,7 +119,7 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> Wa
     threads = thread_share(task.task_cpus, task.local_size)
     # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
     temporary = folder / "tmp"
-    temporary.mkdir(exist_ok=True)
+    temporary.mkdir()
     environment = rank_environment(
         os.environ,
         threads=threads,
@@ -171,7 +171,7 @@ def _spool(
 
 def _join(rank: int, folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """What the driver must know before a rank may start."""
-    return {"host_key": host_key(), "shards": reports, "saved": sorted(local_shares(folder / "checkpoints", rank))}
+    return {"host_key": host_key(), "shards": reports, "saved": sorted(local_shares(folder / LOCAL_FOLDER, rank))}
 
 
 def _wait_for_the_end(driver: Connection, timeouts: Timeouts) -> None:

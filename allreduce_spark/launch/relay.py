@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from allreduce_spark.checkpoint.shares import local_shares
+from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, local_shares
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ProtocolError, RendezvousError
@@ -210,7 +210,7 @@ class Relay:
     def _add_own_share(self, resume: dict[str, Any] | None) -> None:
         """Where the driver names a checkpoint and no places, it is one that all agents have on their disks."""
         if resume is not None and "shares" not in resume:
-            path = local_shares(self._folder / "checkpoints", self._number)[resume["id"]]
+            path = local_shares(self._folder / LOCAL_FOLDER, self._number)[resume["id"]]
             resume["shares"] = {str(self._number): str(path)}
 
     def _begin_again(self, generation: int) -> None:

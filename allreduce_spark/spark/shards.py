@@ -127,7 +127,7 @@ def shards_of(
         part if isinstance(part, RDD) else context.parallelize(part, -(-len(part) // BLOCKS_PER_SLICE))
         for part in pairs.values()
     ]
-    return context.union(rdds).partitionBy(num_ranks, _own_number)
+    return context.union(rdds).partitionBy(num_ranks, partial(_rank_of, num_ranks=num_ranks))
 
 
 def shards_for(shards: RDD[tuple[int, bytes]], num_shards: int, num_ranks: int) -> RDD[tuple[int, bytes]]:
@@ -288,10 +288,6 @@ def _blocks_of_batches(
 
 def _pair(row: Any) -> tuple[int, bytes]:
     return row[0], bytes(row[1])
-
-
-def _own_number(shard: int) -> int:
-    return shard
 
 
 def _rank_of(shard: int, *, num_ranks: int) -> int:

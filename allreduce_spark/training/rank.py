@@ -15,7 +15,7 @@ import cloudpickle
 import keras
 import numpy as np
 
-from allreduce_spark.checkpoint.shares import ShareWriter
+from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, ShareWriter
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.data.shard import Shard
@@ -195,7 +195,7 @@ def train(
         saver = Saver(
             recovery.checkpoint,
             state,
-            ShareWriter(recovery.folder / "checkpoints", communicator.rank, resumed=resumed),
+            ShareWriter(recovery.folder / LOCAL_FOLDER, communicator.rank, resumed=resumed),
             communicator,
             local=local,
             begin=begin,

@@ -21,6 +21,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from allreduce_spark.checkpoint.manifest import checkpoint_id
 from allreduce_spark.checkpoint.shares import deal
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import CheckpointError
@@ -47,7 +48,7 @@ class Position:
     @property
     def id(self) -> str:
         """The name of the checkpoint here; names sort as positions do."""
-        return f"{self.epoch:06d}-{self.step:08d}"
+        return checkpoint_id(self.epoch, self.step)
 
 
 @dataclass(frozen=True)

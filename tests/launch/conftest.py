@@ -18,8 +18,11 @@ from typing import Any
 import pytest
 
 from allreduce_spark.config import Timeouts
+from allreduce_spark.launch.process import RankProcess
+from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.rendezvous.server import Rendezvous
+from allreduce_spark.rendezvous.status import StatusPage
 
 HERE = Path(__file__).parent
 WAIT_S = 60.0  # for what takes a second or two on a machine that is not busy
@@ -167,3 +170,29 @@ def clean_fit(fit):
     wait_until(lambda: not fit.processes(), f"all processes are gone: {fit.processes()}")
     assert not fit.folders()
     assert not fit.segments()
+
+
+@pytest.fixture
+def environment_with():
+    """Make an environment in which Python imports from a folder first."""
+    return lambda folder: {**os.environ, "PYTHONPATH": f"{folder}:{':'.join(filter(None, sys.path))}"}
+
+
+@pytest.fixture
+def warm(tmp_path, environment_with):
+    """A warm process whose ranks are light ones."""
+    StatusPage(tmp_path / "status")
+    with contextlib.closing(WarmProcess(tmp_path, 1, environment_with(HERE / "light"))) as one:
+        yield one
+
+
+@pytest.fixture
+def start_rank(tmp_path, warm):
+    """Start a rank of some behaviour; it is gone at the end."""
+    with contextlib.ExitStack() as ranks:
+
+        def make(behaviour: str, *, rank: int, num_ranks: int) -> RankProcess:
+            (tmp_path / "behaviour").write_text(behaviour)
+            return ranks.enter_context(contextlib.closing(warm.start_rank(rank, num_ranks)))
+
+        yield make

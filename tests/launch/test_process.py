@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from allreduce_spark.launch.process import RankProcess
-from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 
-LIGHT = Path(__file__).parent / "light"
 MEMBERSHIP = {"membership": {"world": {"rank": 1}}}
 
 
 @pytest.fixture
-def warm(tmp_path):
-    StatusPage(tmp_path / "status")
-    environment = {**os.environ, "PYTHONPATH": f"{LIGHT}:{':'.join(filter(None, sys.path))}"}
-    with contextlib.closing(WarmProcess(tmp_path, 1, environment)) as one:
-        yield one
-
-
-@pytest.fixture
-def start(tmp_path, warm):
-    """Start a rank of some behaviour."""
-    with contextlib.ExitStack() as ranks:
-
-        def make(behaviour: str) -> RankProcess:
-            (tmp_path / "behaviour").write_text(behaviour)
-            rank = warm.start_rank(1, 2)
-            ranks.enter_context(contextlib.closing(rank))
-            return rank
-
-        yield make
+def start(start_rank):
+    """Start a rank 1 of 2 of some behaviour."""
+    return partial(start_rank, rank=1, num_ranks=2)
 
 
 def pid_of(rank: RankProcess) -> int:

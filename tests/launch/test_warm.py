@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -42,33 +42,14 @@ def is_there(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def environment_with(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{folder}:{':'.join(filter(None, sys.path))}"}
-
-
 @pytest.fixture
-def warm(tmp_path) -> Iterator[WarmProcess]:
-    StatusPage(tmp_path / "status")
-    with contextlib.closing(WarmProcess(tmp_path, 1, environment_with(LIGHT))) as one:
-        yield one
-
-
-@pytest.fixture
-def start(tmp_path, warm):
+def start(start_rank):
     """Start a rank 0 of 1 of some behaviour."""
-    with contextlib.ExitStack() as ranks:
-
-        def make(behaviour: str) -> RankProcess:
-            (tmp_path / "behaviour").write_text(behaviour)
-            rank = warm.start_rank(0, 1)
-            ranks.enter_context(contextlib.closing(rank))
-            return rank
-
-        yield make
+    return partial(start_rank, rank=0, num_ranks=1)
 
 
 @pytest.fixture
-def with_tensorflow(tmp_path):
+def with_tensorflow(tmp_path, environment_with):
     """Start a warm process whose `import tensorflow` runs the given code, and ask it for a rank; (warm process, rank)."""
     with contextlib.ExitStack() as stack:
 
@@ -218,7 +199,7 @@ def test_ranks_die_with_their_warm_process_and_the_next_one_gets_a_new_one(start
     assert warm._process.pid != before
 
 
-def test_closing_a_warm_process_ends_its_ranks_and_leaves_no_descriptor_open(tmp_path):
+def test_closing_a_warm_process_ends_its_ranks_and_leaves_no_descriptor_open(tmp_path, environment_with):
     before = len(os.listdir("/proc/self/fd"))
     (tmp_path / "behaviour").write_text("trains_and_ignores_signals")
     warm = WarmProcess(tmp_path, 1, environment_with(LIGHT))
@@ -231,7 +212,7 @@ def test_closing_a_warm_process_ends_its_ranks_and_leaves_no_descriptor_open(tmp
     assert not is_there(warm._process.pid)
 
 
-def test_a_warm_process_without_a_rank_leaves_no_descriptor_open(tmp_path):
+def test_a_warm_process_without_a_rank_leaves_no_descriptor_open(tmp_path, environment_with):
     before = len(os.listdir("/proc/self/fd"))
     WarmProcess(tmp_path, 1, environment_with(LIGHT)).close()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -252,7 +233,7 @@ os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize("moment", ["0", "0.05", "0.1", "0.5", "forked"])
-def test_warm_process_and_rank_die_with_the_agent_however_early_that_dies(tmp_path, moment):
+def test_warm_process_and_rank_die_with_the_agent_however_early_that_dies(tmp_path, moment, environment_with):
     """Also in the moment before they have asked the kernel for it."""
     (tmp_path / "behaviour").write_text("writes_its_pid")
     StatusPage(tmp_path / "status")
