@@ -96,7 +96,7 @@ class Coordinator:
         if self._store is None:
             return
         shares = self._shares.setdefault(id_, {})
-        shares[rank] = File(str(fields["name"]), int(fields["bytes"]), str(fields["sha256"]))
+        shares[rank] = File(str(fields["name"]), int(fields["bytes"]), str(fields["checksum"]))
         if len(shares) == self._num_ranks:
             del self._shares[id_]
             self._number += 1

@@ -183,19 +183,25 @@ def _locate(place: str | os.PathLike[str]) -> tuple[fs.FileSystem, str]:
 
 
 def _upload(local: Path | bytes, system: fs.FileSystem, path: str) -> None:
+    if isinstance(system, fs.LocalFileSystem):
+        _copy_to_disk(local, path)
+        return
     expected = len(local) if isinstance(local, bytes) else local.stat().st_size
-    with io.BytesIO(local) if isinstance(local, bytes) else local.open("rb") as source:
-        if isinstance(system, fs.LocalFileSystem):
-            with open(path, "wb") as file:
-                shutil.copyfileobj(source, file, PIECE_BYTES)
-                file.flush()
-                os.fsync(file.fileno())
-            return
-        with system.open_output_stream(path) as stream:
-            shutil.copyfileobj(source, stream, PIECE_BYTES)
+    content = io.BytesIO(local) if isinstance(local, bytes) else local.open("rb")
+    with content as source, system.open_output_stream(path) as stream:
+        shutil.copyfileobj(source, stream, PIECE_BYTES)
     written = system.get_file_info(path).size
     if written != expected:
         raise OSError(f"{written} of {expected} bytes have arrived")
+
+
+def _copy_to_disk(local: Path | bytes, path: str) -> None:
+    if isinstance(local, bytes):
+        Path(path).write_bytes(local)
+    else:
+        shutil.copyfile(local, path)  # within the kernel
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _rename(system: fs.FileSystem, source: str, destination: str) -> None:

@@ -8,7 +8,6 @@ only while it is complete.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from allreduce_spark.checkpoint.manifest import Checksum
 from allreduce_spark.checkpoint.share_format import Array, Layout, Share, header_of, lay_out, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
@@ -34,7 +34,7 @@ class Saved(NamedTuple):
 
     path: Path
     bytes: int
-    sha256: str
+    checksum: str
 
 
 class ShareWriter:
@@ -110,7 +110,7 @@ class ShareWriter:
         self._spare = None
         path = self._folder / f"{name}.{self._name}"
         try:
-            sha256 = _write(partial, header, staged, durable=self._durable)
+            checksum = _write(partial, header, staged, durable=self._durable)
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)  # a full disk wants it back
@@ -119,7 +119,7 @@ class ShareWriter:
         self._published = [*(other for other in self._published if other != path), path]
         while len(self._published) > self._keep:
             self._retire(self._published.pop(0))
-        return Saved(path, len(header) + staged.nbytes, sha256)
+        return Saved(path, len(header) + staged.nbytes, checksum)
 
     def _retire(self, path: Path) -> None:
         """Make the file of an old share the one to write over next, if nobody else can be reading it."""
@@ -184,8 +184,8 @@ def deal(sizes: Mapping[str, int], world_size: int) -> list[list[str]]:
 
 
 def _write(path: Path, header: bytes, data: memoryview, *, durable: bool) -> str:
-    """Write a file, over an old one where there is one; return its SHA-256."""
-    digest = hashlib.sha256()
+    """Write a file, over an old one where there is one; return its checksum."""
+    digest = Checksum()
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "wb", buffering=0) as file:
         for piece in (memoryview(header), *(data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES))):
             digest.update(piece)

@@ -10,7 +10,6 @@ Nothing here decides when a checkpoint is taken. What is removed loses its manif
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allreduce_spark.checkpoint import files
-from allreduce_spark.checkpoint.manifest import File, Manifest, is_checkpoint_id, kept, share_name
+from allreduce_spark.checkpoint.manifest import Checksum, File, Manifest, is_checkpoint_id, kept, share_name
 from allreduce_spark.config import Checkpoint
 from allreduce_spark.errors import CheckpointError, ConfigError
 
@@ -132,7 +131,7 @@ class Store:
             if manifest.model is not None:
                 return manifest.model
         files.put_file(local, files.inside(self.path, MODEL), overwrite=True)
-        digest = hashlib.sha256()
+        digest = Checksum()
         files.read_file(local, digest.update)
         return File(MODEL, local.stat().st_size, digest.hexdigest())
 
@@ -275,9 +274,10 @@ def _problem_of(file: File, length: int | None, place: str) -> str | None:
         return f"{file.name} is missing"
     if length != file.bytes:
         return f"{file.name} has {length} bytes, but was written with {file.bytes}"
-    digest = hashlib.sha256()
+    digest = Checksum()
     files.read_file(place, digest.update)
-    return None if digest.hexdigest() == file.sha256 else f"{file.name} is not as it was written: its checksum is wrong"
+    is_whole = digest.hexdigest() == file.checksum
+    return None if is_whole else f"{file.name} is not as it was written: its checksum is wrong"
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -177,7 +177,8 @@ class Saver:
             _log.warning("The checkpoint %s could not be saved; training goes on. %s", fields["id"], error)
             self._announce("save_failed", {"id": fields["id"], "cause": str(error)})
         else:
-            self._announce("saved", {**fields, "file": str(saved.path), "bytes": saved.bytes, "sha256": saved.sha256})
+            written = {"file": str(saved.path), "bytes": saved.bytes, "checksum": saved.checksum}
+            self._announce("saved", {**fields, **written})
         # On a machine without a free core, the training has to wait for this too.
         self._cost_s += time.thread_time() - began
 

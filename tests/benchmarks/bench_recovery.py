@@ -1,7 +1,7 @@
 """What checkpoints cost while all goes well, and how long the training stands still when it does not.
 
-Overhead: mean seconds per optimizer step, by turns without checkpoints, with one every 2 s on the executors' disks, and with
-one every 2 s that is brought to a store. A step of 25 million parameters with Adam has 300 MB of state.
+Overhead: a model of 25 million parameters with Adam, whose checkpoints are 300 MB, on the executors' disks alone and brought to
+a store as well. Every other stretch of 2 s begins with a checkpoint, and its steps are compared with those of the next stretch.
 
 Recovery: seconds from `kill -9` of a rank, or of an agent (a Python worker of Spark), to the end of the next optimizer step.
 
@@ -37,12 +37,11 @@ GOALS = {"overhead": 0.03, "rank": 3.0, "agent": 15.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="how often the sides take turns")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each fit whose overhead is measured")
+    parser.add_argument("--checkpoints", type=int, default=30, help="how many are measured, on each side")
     parser.add_argument("--kills", type=int, default=5, help="how many ranks, and how many agents, are killed")
     arguments = parser.parse_args()
     with spark_session(), tempfile.TemporaryDirectory(prefix="allreduce_spark-benchmark-") as folder:
-        show_overhead(Path(folder), arguments.rounds, arguments.steps)
+        show_overhead(Path(folder), arguments.checkpoints)
         show_recovery(Path(folder), arguments.kills)
 
 
@@ -61,7 +60,7 @@ def spark_session() -> Iterator[None]:
 class Clock(keras.callbacks.Callback):
     """Writes down when each step of rank 0 ends, and which process each rank is."""
 
-    def __init__(self, folder: Path, pause_s: float = 0.0) -> None:
+    def __init__(self, folder: Path, pause_s: float) -> None:
         super().__init__()
         self.folder, self.pause_s = folder, pause_s
 
@@ -80,44 +79,50 @@ def steps_of(folder: Path) -> list[float]:
     return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def show_overhead(folder: Path, rounds: int, steps: int) -> None:
-    sides: dict[str, dict[str, Any]] = {"without": {"max_restarts": 0}, "local disk": {}, "store": {}}
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds):
-        for side, arguments in sides.items():
-            place = folder / f"{side}-{number}"
-            place.mkdir()
-            if side != "without":
-                path = str(place / "store") if side == "store" else None
-                arguments = {"checkpoint": Checkpoint(path, every_s=EVERY_S, keep=1)}
-            fit(large_model(), place, steps, Clock(place), **arguments)
-            ends = steps_of(place)[WARM_UP:]
-            seconds[side].append((ends[-1] - ends[0]) / (len(ends) - 1))
-    print(
-        f"\n25 M parameters, Adam, {NUM_RANKS} ranks, {os.cpu_count()} cores, medians of {rounds} fits of {steps} steps"
-    )
-    usual = statistics.median(seconds["without"])
+def show_overhead(folder: Path, checkpoints: int) -> None:
+    ends = fit(large_model(), folder / "alone", 50)[WARM_UP:]
+    usual = statistics.median(later - earlier for earlier, later in itertools.pairwise(ends))
+    period = 2 * round(EVERY_S / usual)
     rows = []
-    for side, means in seconds.items():
-        median = statistics.median(means)
-        rows.append([side, f"{1000 * median:.1f}", f"{1000 * min(means):.1f} - {1000 * max(means):.1f}"])
-        rows[-1].append(f"{median / usual - 1:+.1%}")
-    print_table([f"checkpoint every {EVERY_S:g} s", "ms per step", "range", "overhead"], rows)
+    for side in ("local disk", "store"):
+        place = folder / side.replace(" ", "-")
+        path = str(place / "store") if side == "store" else None
+        checkpoint = Checkpoint(path, every_steps=period, keep=1)
+        ends = fit(large_model(), place, period * (checkpoints + 4), checkpoint)
+        extra = extra_seconds(ends, period)
+        low, median, high = statistics.quantiles(extra, n=4)
+        rows.append([side, f"{1000 * median:.0f}", f"{1000 * low:.0f} - {1000 * high:.0f}", f"{median / EVERY_S:+.1%}"])
+    print(f"\n25 M parameters, Adam, {NUM_RANKS} ranks, {os.cpu_count()} cores, {1000 * usual:.0f} ms per step")
+    print(f"what a checkpoint costs, by {checkpoints} checkpoints, {period} steps from one to the next")
+    print_table(["", "ms, median", "quartiles", f"at one per {EVERY_S:g} s"], rows)
     print(f"goal: at most {GOALS['overhead']:.0%}")
+
+
+def extra_seconds(ends: list[float], period: int) -> list[float]:
+    """For each checkpoint, how much longer the steps of the half period behind it took than those of the next half.
+
+    Both halves are seconds apart on the same machine: what disturbs a whole fit disturbs them alike.
+
+    Args:
+        ends: When each step ended, in seconds.
+        period: Steps from one checkpoint to the next. One is taken behind every step that is a multiple of it.
+    """
+    half = period // 2
+    # The first two are left out: their files and their memory are new.
+    starts = range(3 * period - 1, len(ends) - period, period)
+    return [(ends[at + half] - ends[at]) - (ends[at + 2 * half] - ends[at + half]) for at in starts]
 
 
 def show_recovery(folder: Path, kills: int) -> None:
     rows = []
     for victim in ("rank", "agent"):
         place = folder / f"killed-{victim}"
-        place.mkdir()
         moments: list[float] = []
         killer = threading.Thread(target=kill_again_and_again, args=(victim, place, kills, moments), daemon=True)
         killer.start()
         checkpoint = Checkpoint(str(place / "store"), every_steps=5)
-        fit(small_model(), place, 40 * (kills + 1), Clock(place, 0.05), checkpoint=checkpoint)
+        ends = fit(small_model(), place, 40 * (kills + 1), checkpoint, pause_s=0.05)
         killer.join()
-        ends = steps_of(place)
         waits = [standstill(moment, ends) for moment in moments]
         rows.append([f"kill -9 of {'a ' if victim == 'rank' else 'an '}{victim}", f"{statistics.median(waits):.2f}"])
         rows[-1] += [f"{min(waits):.2f} - {max(waits):.2f}", f"{GOALS[victim]:g}"]
@@ -161,11 +166,18 @@ def small_model() -> keras.Model:
     return model
 
 
-def fit(model: keras.Model, place: Path, steps: int, clock: Clock, **arguments: Any) -> None:
+def fit(
+    model: keras.Model, place: Path, steps: int, checkpoint: Checkpoint | None = None, pause_s: float = 0.0
+) -> list[float]:
+    """Train, and say when each step ended."""
+    place.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     rows = 64 * NUM_RANKS * steps
     data = random.standard_normal((rows, 784), np.float32), random.integers(0, 10, rows)
-    SparkModel(model, num_ranks=NUM_RANKS).fit(data, batch_size=64, verbose=0, callbacks=[clock], **arguments)
+    SparkModel(model, num_ranks=NUM_RANKS).fit(
+        data, batch_size=64, verbose=0, callbacks=[Clock(place, pause_s)], checkpoint=checkpoint
+    )
+    return steps_of(place)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.fingerprint import Fingerprint
-from allreduce_spark.checkpoint.manifest import checkpoint_id, share_name
+from allreduce_spark.checkpoint.manifest import Checksum, checkpoint_id, share_name
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint
 
@@ -40,7 +39,7 @@ def bring(store: Store, tmp_path: Path, step: int, rank: int, launch: int = 0) -
     store.put_share(local, id_, rank, launch)
     content = local.read_bytes()
     about = {"id": id_, "epoch": 0, "step": step, "logs": {}, "bytes": len(content)}
-    return {**about, "name": share_name(rank, launch), "sha256": hashlib.sha256(content).hexdigest()}
+    return {**about, "name": share_name(rank, launch), "checksum": Checksum(content).hexdigest()}
 
 
 def test_a_checkpoint_exists_once_the_last_share_is_there(store, tmp_path):

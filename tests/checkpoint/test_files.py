@@ -121,11 +121,10 @@ def test_what_breaks_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path
     put_file(local, place, overwrite=False)
     before = place.read_bytes()
 
-    def disk_full(source, target, length):
-        target.write(source.read(1000))
+    def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.shutil, "copyfileobj", disk_full)
+    monkeypatch.setattr(files.os, "fsync", disk_full)
     with pytest.raises(ConfigError, match=r"kept/model.keras' cannot be written: .*No space left on device"):
         put_file(local, place, overwrite=True)
     assert place.read_bytes() == before

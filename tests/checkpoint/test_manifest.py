@@ -13,7 +13,7 @@ from allreduce_spark.errors import CheckpointError, ConfigError
 
 def manifest(number: int, size: int = 10, **logs: float) -> Manifest:
     """The `number`-th checkpoint of a fit, at the border of an epoch."""
-    shares = tuple(File(f"share-{rank}-0.safetensors", size // 2, "0" * 64) for rank in range(2))
+    shares = tuple(File(f"share-{rank}-0.safetensors", size // 2, "0" * 32) for rank in range(2))
     return Manifest(number, 0, number, 4, shares, None, saved_at=float(number), logs=logs)
 
 
@@ -28,8 +28,8 @@ def test_a_manifest_comes_back_from_json_as_it_was():
         step=250,
         number=7,
         num_shards=4,
-        shares=(File("share-0-2.safetensors", 5, "a" * 64), File("share-1-2.safetensors", 6, "b" * 64)),
-        model=File("model.keras", 7, "c" * 64),
+        shares=(File("share-0-2.safetensors", 5, "a" * 32), File("share-1-2.safetensors", 6, "b" * 32)),
+        model=File("model.keras", 7, "c" * 32),
         saved_at=1.5e9,
         fingerprint={"seed": 1},
         logs={"loss": float("nan"), "f1": [0.5, 0.25]},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -21,6 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from allreduce_spark.checkpoint import share_format, shares
+from allreduce_spark.checkpoint.manifest import Checksum
 from allreduce_spark.checkpoint.shares import ShareWriter, deal, held, read_share
 from allreduce_spark.errors import CheckpointError, ConfigError
 
@@ -65,7 +65,7 @@ def test_every_kind_of_tensor_comes_back_to_the_bit(tmp_path):
     saved = writer.finish()
     assert saved.path == tmp_path / "checkpoints" / "000003-00000000.share-1.safetensors"
     content = saved.path.read_bytes()
-    assert (saved.bytes, saved.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    assert (saved.bytes, saved.checksum) == (len(content), Checksum(content).hexdigest())
     share = read_share(saved.path)
     assert share.about == about
     assert set(share.tensors) == set(tensors)
@@ -103,7 +103,7 @@ def test_the_newest_two_stay_and_old_files_are_written_over(tmp_path):
         saved = save(writer, f"000000-{step:08d}", 10.0**step, size=1000 - step * (step % 3))
         files.add(saved.path.stat().st_ino)
         assert saved.path.stat().st_size == saved.bytes
-        assert hashlib.sha256(saved.path.read_bytes()).hexdigest() == saved.sha256
+        assert Checksum(saved.path.read_bytes()).hexdigest() == saved.checksum
         assert read_share(saved.path).about == {"value": 10.0**step}
         assert set(read_share(saved.path).tensors["a"]) == {np.float32(10.0**step)}
     assert published(tmp_path) == [f"000000-{step:08d}.share-0.safetensors" for step in (7, 8)]
@@ -117,7 +117,7 @@ def test_a_share_that_is_held_is_not_written_over(tmp_path):
         for step in range(2, 9):
             save(writer, f"000000-{step:08d}", float(step))
         assert not first.path.exists()
-        assert hashlib.sha256(link.read_bytes()).hexdigest() == first.sha256
+        assert Checksum(link.read_bytes()).hexdigest() == first.checksum
         with pytest.raises(CheckpointError, match=r"00000001\.share-0.* cannot be held"), held(first.path):
             pass
     assert not link.exists()
@@ -129,7 +129,7 @@ def test_whoever_reads_beside_the_writer_sees_whole_shares(tmp_path):
     def read() -> None:
         while (saved := announced.get()) is not None:
             with contextlib.suppress(CheckpointError), held(saved.path) as link:  # given up before we came
-                seen.append(hashlib.sha256(link.read_bytes()).hexdigest() == saved.sha256)
+                seen.append(Checksum(link.read_bytes()).hexdigest() == saved.checksum)
 
     reader = threading.Thread(target=read)
     reader.start()

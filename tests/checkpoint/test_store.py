@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -14,7 +13,7 @@ import pytest
 from pyarrow import fs
 
 from allreduce_spark.checkpoint import files
-from allreduce_spark.checkpoint.manifest import File, Manifest, share_name
+from allreduce_spark.checkpoint.manifest import Checksum, File, Manifest, share_name
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint
 from allreduce_spark.errors import CheckpointError, ConfigError
@@ -28,7 +27,7 @@ def put_shares(store: Store, tmp_path: Path, step: int, world_size: int = 2, lau
         local.write_bytes(os.urandom(100 + step + index))
         store.put_share(local, f"000000-{step:08d}", index, launch)
         content = local.read_bytes()
-        shares.append(File(share_name(index, launch), len(content), hashlib.sha256(content).hexdigest()))
+        shares.append(File(share_name(index, launch), len(content), Checksum(content).hexdigest()))
     return Manifest(0, step, step, world_size, tuple(shares), None, saved_at=1e9 + step)
 
 
@@ -238,7 +237,7 @@ def test_the_model_is_put_there_once_for_all_checkpoints_and_verified_with_them(
     local.write_bytes(b"an archive")
     store.begin(None)
     model = store.put_model(local)
-    assert model == File("model.keras", 10, hashlib.sha256(b"an archive").hexdigest())
+    assert model == File("model.keras", 10, Checksum(b"an archive").hexdigest())
     (manifest,) = fill(store, tmp_path, 10, model=model)
     store.begin(manifest.id)
     local.write_bytes(b"the same model at another time")
@@ -251,11 +250,10 @@ def test_the_model_is_put_there_once_for_all_checkpoints_and_verified_with_them(
 def test_a_store_that_fails_is_one_clear_error_for_those_who_train_on(local_store, tmp_path, monkeypatch):
     manifests = fill(local_store, tmp_path, 10, 20)
 
-    def disk_full(source, target, length):
-        target.write(source.read(10))
+    def disk_full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.shutil, "copyfileobj", disk_full)
+    monkeypatch.setattr(files.os, "fsync", disk_full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         put_shares(local_store, tmp_path, 30)
     with pytest.raises(CheckpointError, match="No space left on device"):

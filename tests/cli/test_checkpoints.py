@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from allreduce_spark.checkpoint.manifest import File, Manifest, share_name
+from allreduce_spark.checkpoint.manifest import Checksum, File, Manifest, share_name
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.cli.checkpoints import table
 from allreduce_spark.cli.main import main
@@ -18,7 +17,7 @@ from allreduce_spark.config import Checkpoint
 
 def manifest(epoch: int, step: int, number: int, size: int = 100, **logs: object) -> Manifest:
     content = bytes(size)
-    shares = tuple(File(share_name(rank, 0), size, hashlib.sha256(content).hexdigest()) for rank in range(2))
+    shares = tuple(File(share_name(rank, 0), size, Checksum(content).hexdigest()) for rank in range(2))
     settings = Checkpoint(keep=1, keep_best="val_loss")
     return Manifest(epoch, step, number, 2, shares, None, 1e9 + 60 * number, logs=logs, settings=settings)
 

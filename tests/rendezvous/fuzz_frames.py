@@ -45,7 +45,7 @@ KINDS = [
 ]  # fmt: skip
 NAMES = [
     "rank", "host", "host_key", "phase", "epoch", "step", "rows", "validation_rows", "spec", "line", "error", "cause",
-    "log_tail", "consequence", "generation", "kind", "shards", "saved", "id", "file", "bytes", "sha256", "logs",
+    "log_tail", "consequence", "generation", "kind", "shards", "saved", "id", "file", "bytes", "checksum", "logs",
     "regroups", "shard", "is_waiting", "waited_s", "agent", "message", "self",
 ]  # fmt: skip
 LINES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import keras
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark.checkpoint.fingerprint import Fingerprint
-from allreduce_spark.checkpoint.manifest import File, Manifest, share_name
+from allreduce_spark.checkpoint.manifest import Checksum, File, Manifest, share_name
 from allreduce_spark.checkpoint.shares import ShareWriter, deal
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.cli.main import main
@@ -53,7 +52,7 @@ def save_checkpoint(store: Store, folder: Path, model: keras.Model, archive: Fil
         writer.copy(f"000000-{step:08d}", {name: tensors[name] for name in names}, {"epoch": 0, "step": step})
         saved = writer.finish()
         store.put_share(saved.path, f"000000-{step:08d}", rank, 0)
-        shares.append(File(share_name(rank, 0), saved.bytes, saved.sha256))
+        shares.append(File(share_name(rank, 0), saved.bytes, saved.checksum))
     fingerprint = Fingerprint("ab", 4, 100, "{}", SPEC.to_json(), (32, 32), 0, 32, 1)
     manifest = Manifest(0, step, 1, 2, tuple(shares), archive, 1e9, fingerprint.to_json(), {"val_loss": 0.25})
     store.commit(manifest)
@@ -135,7 +134,7 @@ def test_shares_that_are_no_safetensors_are_never_loaded(tmp_path):
     (manifest,) = store.checkpoints()
     content = b"\x80\x04 a pickle"
     Path(store.share_place(manifest.id, 0, 0)).write_bytes(content)
-    share = File(share_name(0, 0), len(content), hashlib.sha256(content).hexdigest())
+    share = File(share_name(0, 0), len(content), Checksum(content).hexdigest())
     store.commit(Manifest(**{**vars(manifest), "shares": (share, manifest.shares[1])}))
     with pytest.raises(ConfigError, match="it is a pickle"):
         export_checkpoint(store, tmp_path / "out.keras")
