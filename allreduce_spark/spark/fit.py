@@ -20,9 +20,10 @@ from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import FitConfig, Recovery, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.rendezvous.recovery import Restarts
+from allreduce_spark.rendezvous.recovery import Restarts, place_of
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.approval import approve
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
@@ -161,19 +162,15 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
             file.seek(0)
             file.truncate()
 
-        rendezvous = Rendezvous(
-            num_ranks,
-            key,
-            job.timeouts,
+        hooks = Hooks(
             approve=fit.approval,
-            restarts=fit.restarts,
             resume=lambda joins: fit.coordinator.resume([join.saved for join in joins]),
             on_progress=fit.spectator.report,
             on_result=file.write,
             on_saved=fit.coordinator.note,
             on_restart=forget_result,
         )
-        with contextlib.closing(rendezvous):
+        with contextlib.closing(Rendezvous(num_ranks, key, job.timeouts, hooks, fit.restarts)) as rendezvous:
             _, port = rendezvous.start(listen_host)
             store = Store(job.checkpoint.path).path if job.checkpoint and job.checkpoint.path else None
             address = (reachable_host, port)
@@ -186,7 +183,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
         return "there are slots for more ranks" if rendezvous.regroups else None
     if not rendezvous.stage_is_lost:
         raise error_of(failure)
-    refusal = fit.restarts.refusal([failure], rendezvous.place)
+    refusal = fit.restarts.refusal([failure], place_of(rendezvous.stations))
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
     return f"a barrier stage was lost: {failure.cause.strip()}"

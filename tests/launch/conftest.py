@@ -20,7 +20,10 @@ import pytest
 from allreduce_spark.config import Timeouts
 from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.warm import WarmProcess
+from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.group import Failure
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.rendezvous.status import StatusPage
 
@@ -51,14 +54,21 @@ class Fit:
         self.rendezvous: Rendezvous | None = None
         self.segment = f"/dev/shm/mpich_shm_test{self.mark}_"
 
-    def start(self, *behaviours: str, rows: Sequence[str] = (), timeouts: Timeouts = FAST, **callbacks: Any) -> None:
+    def start(
+        self,
+        *behaviours: str,
+        rows: Sequence[str] = (),
+        timeouts: Timeouts = FAST,
+        restarts: Restarts | None = None,
+        **hooks: Any,
+    ) -> None:
         """Start one agent for each behaviour of a rank, on the named rows ("three" by default)."""
         defaults: dict[str, Any] = {
             "approve": lambda joins: {"spec": None},
             "on_progress": self.progress.append,
             "on_result": self._keep,
         }
-        self.rendezvous = Rendezvous(len(behaviours), KEY, timeouts, **{**defaults, **callbacks})
+        self.rendezvous = Rendezvous(len(behaviours), KEY, timeouts, Hooks(**{**defaults, **hooks}), restarts)
         address = self.rendezvous.start("127.0.0.1")
         for rank, behaviour in enumerate(behaviours):
             self.start_agent(address, rank, len(behaviours), behaviour, rows[rank] if rows else "three", timeouts)
@@ -131,8 +141,8 @@ class Fit:
         assert rendezvous is not None
         wait_until(
             lambda: (
-                len(rendezvous._agents) == len(self.agents)
-                and all(agent.station.phase.value == "train" for agent in list(rendezvous._agents.values()))
+                len(rendezvous.stations) == len(self.agents)
+                and all(station.phase is Phase.TRAIN for station in rendezvous.stations)
             ),
             "all ranks train",
         )

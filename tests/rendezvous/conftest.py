@@ -12,7 +12,9 @@ import pytest
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.rendezvous.client import Connection
+from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.protocol import Message
+from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.rendezvous.server import Rendezvous
 
 KEY = b"k" * 32
@@ -51,7 +53,9 @@ class FakeAgent:
 class Meeting:
     """A `Rendezvous` that listens on this machine, and everything that it told its maker."""
 
-    def __init__(self, num_ranks: int, timeouts: Timeouts, **callbacks: Callable[..., Any]) -> None:
+    def __init__(
+        self, num_ranks: int, timeouts: Timeouts, restarts: Restarts | None, **hooks: Callable[..., Any]
+    ) -> None:
         self.progress: list[dict[str, Any]] = []
         self.result = b""
         self.agents: list[FakeAgent] = []
@@ -60,7 +64,7 @@ class Meeting:
             "on_progress": self.progress.append,
             "on_result": self._keep,
         }
-        self.rendezvous = Rendezvous(num_ranks, KEY, timeouts, **{**defaults, **callbacks})  # type: ignore[arg-type]
+        self.rendezvous = Rendezvous(num_ranks, KEY, timeouts, Hooks(**{**defaults, **hooks}), restarts)
         self.num_ranks = num_ranks
         self.address = self.rendezvous.start("127.0.0.1")
 
@@ -100,8 +104,10 @@ def meet():
     """Make a `Meeting`; at the end all of them are closed, and none may leave a thread."""
     meetings = []
 
-    def make(num_ranks: int = 2, timeouts: Timeouts = FAST, **callbacks: Callable[..., Any]) -> Meeting:
-        meetings.append(Meeting(num_ranks, timeouts, **callbacks))
+    def make(
+        num_ranks: int = 2, timeouts: Timeouts = FAST, restarts: Restarts | None = None, **hooks: Callable[..., Any]
+    ) -> Meeting:
+        meetings.append(Meeting(num_ranks, timeouts, restarts, **hooks))
         return meetings[-1]
 
     yield make

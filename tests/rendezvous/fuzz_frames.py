@@ -33,6 +33,7 @@ from typing import Any
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AuthenticationError, ProtocolError
 from allreduce_spark.rendezvous import handshake
+from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.handshake import Answer, SessionCipher, challenge, check_answer
 from allreduce_spark.rendezvous.protocol import Codec, Message, Phase
 from allreduce_spark.rendezvous.recovery import Restarts
@@ -234,9 +235,9 @@ def fuzz_handlers(fuzz: Fuzz, count: int) -> None:
     while fuzz.outcomes["handlers: heard"] - before < count:
         restarts = Restarts(fuzz.rng.choice([0, 3]))
         num_ranks = fuzz.rng.choice([1, 2])
-        rendezvous = Rendezvous(num_ranks, KEY, Timeouts(), approve=lambda joins: {"spec": None}, restarts=restarts)
+        rendezvous = Rendezvous(num_ranks, KEY, Timeouts(), Hooks(lambda joins: {"spec": None}), restarts)
         agents = [MadAgent(fuzz, fuzz.rng.randrange(1, MESSAGES_PER_FIT)) for _ in range(num_ranks + 1)]
-        talks = [rendezvous._attend(agent) for agent in agents]  # type: ignore[arg-type]
+        talks = [rendezvous.attend(agent) for agent in agents]  # type: ignore[arg-type]
         while talks:
             talk = fuzz.rng.choice(talks)
             try:
@@ -249,7 +250,7 @@ def fuzz_handlers(fuzz: Fuzz, count: int) -> None:
         if failure is not None and not failure.consequence and not rendezvous.wait(0):
             raise AssertionError(f"a fit has failed, and nobody is told: {failure}")
         fuzz.note("handlers", f"fits that {_outcome(rendezvous)}")
-        rendezvous._loop.close()
+        rendezvous.close()
 
 
 def _outcome(rendezvous: Rendezvous) -> str:

@@ -17,6 +17,7 @@ from allreduce_spark.errors import RendezvousError
 from allreduce_spark.launch.agent import AgentTask
 from allreduce_spark.rendezvous import client, handshake
 from allreduce_spark.rendezvous.client import Connection
+from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.gate import Gate
 from allreduce_spark.rendezvous.handshake import Answer, SessionCipher, challenge, check_answer
 from allreduce_spark.rendezvous.protocol import Codec
@@ -29,7 +30,7 @@ NONCE = bytes(handshake.NONCE_BYTES)
 def test_no_object_shows_the_key_when_it_is_printed(shows_key):
     answer = Answer(KEY, challenge(NONCE))
     reply, codec = check_answer(KEY, NONCE, answer.data)
-    rendezvous = Rendezvous(1, KEY, Timeouts(), approve=lambda joins: {})
+    rendezvous = Rendezvous(1, KEY, Timeouts(), Hooks(lambda joins: {}))
     things = [
         answer,
         codec,
