@@ -31,7 +31,7 @@ class RankProcess:
         channel: Messages to and from the rank.
         pmi: The agent's end of the rank's PMI connection; lines of text.
         output: File descriptor with what the rank prints.
-        pidfd: File descriptor that becomes readable when the rank has ended: `Request.ending`, which there is before the
+        ended: File descriptor that becomes readable when the rank has ended: `Request.ending`, which there is before the
             process, and which also tells how it ended.
         output_ended: Whether nothing can be printed any more.
         tail: The last lines that it printed.
@@ -43,7 +43,7 @@ class RankProcess:
         pmi: socket.socket,
         output: int,
         lifeline: socket.socket,
-        pidfd: int,
+        ended: int,
         *,
         warm: subprocess.Popen[bytes],
         folder: Path,
@@ -51,17 +51,17 @@ class RankProcess:
         """Take over the agent's ends of what a `Request` holds.
 
         Args:
-            channel, pmi, output, pidfd: As above.
+            channel, pmi, output, ended: As above.
             lifeline: See `Request.lifeline`.
             warm: The process that forks the rank.
             folder: The agent's scratch folder.
         """
-        self.channel, self.pmi, self.output, self.pidfd = channel, pmi, output, pidfd
+        self.channel, self.pmi, self.output, self.ended = channel, pmi, output, ended
         self._lifeline, self._warm, self._folder = lifeline, warm, folder
-        self._process: tuple[int, int] | None = None  # its pid, and a real pidfd: see `_forked`
+        self._process: tuple[int, int] | None = None  # its pid, and its pidfd: see `_forked`
         self._exit_code: int | None = None
         self._died_with_warm = self._closed = False
-        for descriptor in (output, pidfd, lifeline.fileno()):
+        for descriptor in (output, ended, lifeline.fileno()):
             os.set_blocking(descriptor, False)
         self.tail: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self.output_ended = False
@@ -70,7 +70,7 @@ class RankProcess:
     def read_output(self) -> list[str]:
         """The lines that the rank has printed since the last call; they are added to `tail`."""
         # Asked first: what is in the pipe afterwards is then the last. A child of the rank may keep the pipe open.
-        ended = self.has_ended()
+        is_over = self.has_ended()
         data = b""
         with contextlib.suppress(BlockingIOError):
             while len(data) < READ_BYTES and not self.output_ended:
@@ -79,7 +79,7 @@ class RankProcess:
                 self.output_ended = not piece
         *lines, self._unfinished = (self._unfinished + data).split(b"\n")
         # Last words may have no end of line; nor has a progress bar.
-        if self._unfinished and (ended or self.output_ended or len(self._unfinished) > LOG_LINE_CHARACTERS):
+        if self._unfinished and (is_over or self.output_ended or len(self._unfinished) > LOG_LINE_CHARACTERS):
             lines, self._unfinished = [*lines, self._unfinished], b""
         texts = [line.decode(errors="replace").rstrip("\r")[:LOG_LINE_CHARACTERS] for line in lines]
         self.tail.extend(texts)
@@ -104,7 +104,7 @@ class RankProcess:
     def has_ended(self) -> bool:
         if self._exit_code is None:
             try:
-                ending = os.read(self.pidfd, EXIT_CODE_BYTES)
+                ending = os.read(self.ended, EXIT_CODE_BYTES)
             except BlockingIOError:
                 return False
             if ending:
@@ -140,7 +140,7 @@ class RankProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process[1], signal.SIGKILL)
             _wait_for(process[1])
-            _wait_for(self.pidfd, REAPED_S)
+            _wait_for(self.ended, REAPED_S)
             self.has_ended()
         self._lifeline.close()
         if self._exit_code is None:
@@ -154,7 +154,7 @@ class RankProcess:
         self._closed = True
         self.channel.close()
         self.pmi.close()
-        for descriptor in (self.pidfd, self.output, *(self._process or ())[1:]):
+        for descriptor in (self.ended, self.output, *(self._process or ())[1:]):
             os.close(descriptor)
 
     def _forked(self) -> tuple[int, int] | None:

@@ -153,7 +153,7 @@ class Relay:
         self._selector.register(self._rank.channel, selectors.EVENT_READ, self._from_rank)
         self._selector.register(self._rank.pmi, selectors.EVENT_READ, self._from_pmi)
         self._selector.register(self._rank.output, selectors.EVENT_READ, self._from_output)
-        self._selector.register(self._rank.pidfd, selectors.EVENT_READ, self._rank_ended)
+        self._selector.register(self._rank.ended, selectors.EVENT_READ, self._rank_ended)
 
     def _meet_new_rank(self) -> None:
         self._launch = secrets.randbits(32)
@@ -218,7 +218,7 @@ class Relay:
         self._rank.kill()
         self._from_output()
         self._send_log(last=True)
-        for source in (self._rank.channel, self._rank.pmi, self._rank.output, self._rank.pidfd):
+        for source in (self._rank.channel, self._rank.pmi, self._rank.output, self._rank.ended):
             self._forget(source)
         self._rank.close()
         release_shared_memory(self._folder)
@@ -286,7 +286,7 @@ class Relay:
 
     def _rank_ended(self) -> None:
         """The process is gone: all that it said is in the buffers now."""
-        self._forget(self._rank.pidfd)
+        self._forget(self._rank.ended)
         while self._rank.channel in self._selector.get_map() and _is_readable(self._rank.channel):
             self._from_rank()
         self._from_output()

@@ -42,14 +42,14 @@ from allreduce_spark.training.state import Position, RankState, SavedState, buil
 from allreduce_spark.training.watched import WatchedCommunicator
 from allreduce_spark.world import Membership, World
 
-__all__ = ["Recovery", "run_rank", "train"]
+__all__ = ["Checkpointing", "run_rank", "train"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recovery:
-    """How a fit is to survive its ranks.
+class Checkpointing:
+    """Where a rank goes on, and how it keeps its own state.
 
     Attributes:
         folder: Private to this machine; shares of checkpoints are written to `checkpoints` in it.
@@ -114,7 +114,7 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
         seed_states=job.seed_states,
         status=status,
         report=report,
-        recovery=Recovery(
+        checkpointing=Checkpointing(
             folder,
             job.checkpoint,
             Resume.from_json(start.fields["resume"]) if start.fields.get("resume") else None,
@@ -152,7 +152,7 @@ def train(
     seed_states: list[list[int]],
     status: StatusPage,
     report: Callable[..., None] | None,
-    recovery: Recovery | None = None,
+    checkpointing: Checkpointing | None = None,
 ) -> keras.callbacks.History | None:
     """Fit `model` on this rank's rows, in step with all other ranks.
 
@@ -164,7 +164,7 @@ def train(
             has (building may make more), each rank starts from its own.
         status: Where this rank says how far it is.
         report: Called with progress now and then, on the root; None elsewhere.
-        recovery: None where nothing is saved, and the training begins at the beginning.
+        checkpointing: None where nothing is saved, and the training begins at the beginning.
 
     Returns:
         The history; None where the training is not over, because there are slots for more ranks to go on with.
@@ -172,7 +172,9 @@ def train(
     data, validation = data_sets(config, membership, shards)
     _build(model, data.spec, communicator)
     make_randomness_differ(model, seed_states, communicator.rank)
-    saved = read_saved_state(recovery.resume, communicator, recovery.folder) if recovery and recovery.resume else None
+    saved = None
+    if checkpointing and checkpointing.resume:
+        saved = read_saved_state(checkpointing.resume, communicator, checkpointing.folder)
     begin = saved.position if saved else Position(config.initial_epoch)
     model.jit_compile = False  # XLA knows no way out of the graph to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
@@ -190,18 +192,18 @@ def train(
         continue_logs(users.values(), begin.epoch)
     history, saver = keras.callbacks.History(), None
     state = RankState(model, communicator, averaging.agreed if averaging else [], CallbackMemory(users), history)
-    if recovery and recovery.checkpoint:
-        resumed = recovery.resume.id if recovery.resume else None
+    if checkpointing and checkpointing.checkpoint:
+        resumed = checkpointing.resume.id if checkpointing.resume else None
         saver = Saver(
-            recovery.checkpoint,
+            checkpointing.checkpoint,
             state,
-            ShareWriter(recovery.folder / LOCAL_FOLDER, communicator.rank, resumed=resumed),
+            ShareWriter(checkpointing.folder / LOCAL_FOLDER, communicator.rank, resumed=resumed),
             communicator,
             local=local,
             begin=begin,
             steps=data.plan.steps,
             epochs=config.epochs,
-            announce=recovery.announce,
+            announce=checkpointing.announce,
         )
     first = First(communicator, rows, local, data, validation, begin, status, report)
     last = Last(communicator, first, callbacks, data.plan, saver, status)

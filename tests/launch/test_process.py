@@ -52,7 +52,7 @@ def wait_for_line(rank: RankProcess, part: str) -> str:
 
 
 def wait_for_end(rank: RankProcess) -> None:
-    assert select.select([rank.pidfd], [], [], 60)[0], "the rank does not end"
+    assert select.select([rank.ended], [], [], 60)[0], "the rank does not end"
 
 
 def read_to_the_end(rank: RankProcess) -> list[str]:
@@ -89,7 +89,7 @@ def test_the_end_of_a_rank_can_be_waited_for_even_after_somebody_asked(start):
     while not rank.has_ended():  # this reaps it
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert select.select([rank.pidfd], [], [], 0)[0]
+    assert select.select([rank.ended], [], [], 0)[0]
 
 
 def test_all_that_a_rank_printed_is_read_and_the_last_fifty_lines_are_kept(start):

@@ -21,7 +21,7 @@ from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_bl
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
-from allreduce_spark.training.rank import Recovery, train
+from allreduce_spark.training.rank import Checkpointing, train
 from allreduce_spark.world import Membership, worlds_of
 
 
@@ -135,7 +135,7 @@ def fit_ranks(tmp_path):
                     seed_states=[],
                     status=StatusPage(folder / f"status{rank}"),
                     report=None,
-                    recovery=Recovery(folder / f"scratch{rank}", checkpoint, resume, announce),
+                    checkpointing=Checkpointing(folder / f"scratch{rank}", checkpoint, resume, announce),
                 )
             except BaseException as error:
                 traceback.print_exc()
