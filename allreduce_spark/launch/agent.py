@@ -27,7 +27,7 @@ from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
-from allreduce_spark.launch.relay import Aborted, Place, Relay
+from allreduce_spark.launch.relay import Aborted, Place, Relay, hear
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.client import Connection
@@ -177,11 +177,7 @@ def _join(rank: int, folder: Path, reports: list[dict[str, Any]]) -> dict[str, A
 def _wait_for_the_end(driver: Connection, timeouts: Timeouts) -> None:
     """After a failure of its own the agent waits until the driver has told everybody: it must not end the stage first."""
     deadline = time.monotonic() + timeouts.teardown_s
-    while time.monotonic() < deadline:
-        if select.select([driver], [], [], 1.0)[0]:
-            try:
-                messages = driver.messages()
-            except EOFError:
-                return
-            if any(message.kind == "abort" for message in messages):
-                return
+    with contextlib.suppress(RendezvousError):  # It has been told, and may have ended meanwhile.
+        while (left_s := deadline - time.monotonic()) > 0:
+            if select.select([driver], [], [], left_s)[0]:
+                hear(driver)

@@ -28,7 +28,7 @@ from allreduce_spark.rendezvous.client import Channel, Connection
 from allreduce_spark.rendezvous.protocol import Message, Phase
 from allreduce_spark.rendezvous.status import StatusPage
 
-__all__ = ["Aborted", "Place", "Relay"]
+__all__ = ["Aborted", "Place", "Relay", "hear"]
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,22 @@ STACK_S = 0.5  # for a rank to say what it is doing
 
 class Aborted(Exception):
     """The driver told this agent to stop; the driver knows why."""
+
+
+def hear(driver: Connection) -> list[Message]:
+    """What the driver has said; call it when there is something to read.
+
+    Raises:
+        Aborted: It has said `abort`.
+        RendezvousError: It is gone.
+    """
+    try:
+        messages = driver.messages()
+    except EOFError as error:
+        raise RendezvousError("the driver is gone; this rank ends") from error
+    if any(message.kind == "abort" for message in messages):
+        raise Aborted
+    return messages
 
 
 class Place:
@@ -176,13 +192,7 @@ class Relay:
         self._heard.clear()
 
     def _hear(self) -> None:
-        try:
-            messages = self._driver.messages()
-        except EOFError as error:
-            raise RendezvousError("the driver is gone; this rank ends") from error
-        if any(message.kind == "abort" for message in messages):
-            raise Aborted
-        self._heard.extend(messages)
+        self._heard.extend(hear(self._driver))
 
     def _obey(self) -> None:
         while self._heard:

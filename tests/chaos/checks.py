@@ -7,6 +7,7 @@ import fnmatch
 import itertools
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,10 @@ from scene import Scene, processes_of
 
 from allreduce_spark.checkpoint.store import Store
 
-__all__ = ["leftovers", "longest_pause", "segments", "violations"]
+sys.path.insert(0, str(Path(__file__).parents[1] / "spark"))
+from segments import orphaned_segments
+
+__all__ = ["leftovers", "longest_pause", "violations"]
 
 GONE_S = 15.0  # until the last process has noticed that its driver is gone
 
@@ -45,16 +49,6 @@ def leftovers(scene: Scene, segments_before: set[str]) -> list[str]:
             return left
         time.sleep(0.1)
     return []
-
-
-def segments() -> set[str]:
-    """Shared memory of MPICH that no process uses."""
-    names = {str(path) for path in Path("/dev/shm").glob("mpich*")}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            maps = (process / "maps").read_text()
-            names = {name for name in names if name not in maps}
-    return names
 
 
 def longest_pause(scene: Scene) -> float | None:
@@ -104,7 +98,7 @@ def _leftovers(scene: Scene, segments_before: set[str]) -> Iterator[str]:
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             if "org.apache.spark.deploy." not in command:
                 yield f"process {pid} is left: {command[:100]}"
-    for segment in sorted(segments() - segments_before):
+    for segment in sorted(orphaned_segments() - segments_before):
         yield f"{segment} is left"
     for folder in (scene.folder / "tmp", scene.folder / "local"):
         for parent, names, _ in os.walk(folder):  # which takes it that folders vanish meanwhile

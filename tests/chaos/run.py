@@ -23,7 +23,7 @@ import disks
 import killed
 import networks
 import stopped
-from checks import leftovers, longest_pause, segments, violations
+from checks import leftovers, longest_pause, orphaned_segments, violations
 from fault import FAULTS, Fault
 from places import PLACES, why_not
 from scene import Scene, Settings
@@ -87,7 +87,7 @@ def run_trial(fault: Fault, folder: Path, reference: Path, seed: int) -> Outcome
     """One fit and one fault. The folder of a trial in which something was wrong stays, the log of its driver among all else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    began, before = time.monotonic(), segments()
+    began, before = time.monotonic(), orphaned_segments()
     wrong: list[str] = []
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(PLACES[fault.place](folder))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `faulty_fits`, which is also a program
+from segments import orphaned_segments
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +40,6 @@ def rank_processes(temporary_folder: str) -> set[int]:
             if is_rank and temporary_folder.encode() in (process / "environ").read_bytes():
                 found.add(int(process.name))
     return found
-
-
-def orphaned_segments() -> set[str]:
-    """Shared memory of MPICH that no process uses."""
-    names = {str(path) for path in Path("/dev/shm").glob("mpich*")}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            maps = (process / "maps").read_text()
-            names = {name for name in names if name not in maps}
-    return names
 
 
 @pytest.fixture
