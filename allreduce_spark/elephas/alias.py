@@ -43,7 +43,7 @@ def install() -> None:
     """
     from pyspark import SparkContext
 
-    from allreduce_spark.spark.stage import active_context
+    from allreduce_spark.spark.cluster import active_context
 
     if SparkContext._active_spark_context is not None:
         raise ConfigError("there is a SparkContext already: call install() before the first one is made.")

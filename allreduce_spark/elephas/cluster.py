@@ -6,7 +6,7 @@ import warnings
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.stage import active_context, check_cluster, count_slots
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 
 __all__ = ["ranks_for"]
 

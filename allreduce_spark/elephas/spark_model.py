@@ -37,9 +37,9 @@ from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark import mllib
 from allreduce_spark.spark import model as native
 from allreduce_spark.spark.adapters import to_matrix, to_vector
+from allreduce_spark.spark.cluster import active_context
 from allreduce_spark.spark.files import load_model_at
 from allreduce_spark.spark.hadoop import fetch_hadoop_file, put_hadoop_file
-from allreduce_spark.spark.stage import active_context
 from allreduce_spark.training.checks import check_model
 
 if TYPE_CHECKING:

@@ -26,17 +26,11 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts, place_of
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.approval import approve
+from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
 from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.slots import hold_slots
-from allreduce_spark.spark.stage import (
-    StageTask,
-    count_slots,
-    driver_addresses,
-    error_of,
-    run_stage,
-    wait_for_slots,
-)
+from allreduce_spark.spark.stage import StageTask, error_of, run_stage
 from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.job import Job, make_job
 from allreduce_spark.training.result import take_over

@@ -15,17 +15,13 @@ from pyspark.sql import DataFrame
 from allreduce_spark.config import Checkpoint, FitConfig, Recovery, Timeouts, check_num_ranks, check_sync_every
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display, verbosity_of
 from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
-from allreduce_spark.spark.stage import (
-    active_context,
-    check_cluster,
-    count_slots,
-)
 from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
 from allreduce_spark.training.inference import InferenceTask, result_of
 from allreduce_spark.training.job import pickle_objects

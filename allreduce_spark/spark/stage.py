@@ -1,4 +1,4 @@
-"""The barrier stage of a fit: count the slots, submit it, wait for the outcome, and leave Spark as it was.
+"""The barrier stage of a fit: submit it, wait for the outcome, and leave Spark as it was.
 
 The stage is one Spark job, submitted from a thread of its own, so that the calling thread can show progress and be
 interrupted. The outcome is known from the rendezvous, not from Spark: agents report failures to the driver and then return
@@ -8,10 +8,8 @@ normally, so Spark neither retries nor prints a page of Java for an error in the
 from __future__ import annotations
 
 import logging
-import os
 import re
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -30,22 +28,16 @@ from allreduce_spark.rendezvous.server import Rendezvous
 
 __all__ = [
     "StageTask",
-    "active_context",
-    "check_cluster",
-    "count_slots",
-    "driver_addresses",
     "error_of",
     "error_of_job",
     "missing_module",
     "run_stage",
-    "wait_for_slots",
 ]
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 LOOK_S = 0.5  # at which stages run
-REGROUP_S = 3.0
 LEAVE_S = 1.0  # agents kill their ranks and leave within a few milliseconds
 
 # What an agent raises that has lost the driver; not one that never reached it, which another stage would not reach either.
@@ -63,103 +55,6 @@ class StageTask:
     timeouts: Timeouts
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
-
-
-def active_context() -> SparkContext:
-    """The Spark context of this process, ready for the library's jobs.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    context = SparkContext._active_spark_context
-    if context is None:
-        raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
-    _use_this_python(context)
-    return context
-
-
-def count_slots(context: SparkContext) -> int:
-    """How many barrier tasks the application could run at once, if nothing else ran."""
-    scala_context = context._jsc.sc()
-    profile = scala_context.resourceProfileManager().defaultResourceProfile()
-    return int(scala_context.maxNumConcurrentTasks(profile))
-
-
-def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeouts) -> int:
-    """Make sure that a barrier stage of `num_ranks` tasks can run, before it is submitted.
-
-    Spark itself would say nothing for ten minutes (40 checks, 15 s apart). A young application on a cluster is given
-    `slots_s` for its executors to register; in local mode the slots are known at once.
-
-    Args:
-        num_ranks: How many ranks are asked for; None for as many as there are slots.
-
-    Returns:
-        The number of ranks.
-
-    Raises:
-        ConfigError: There are too few slots, or dynamic allocation is on.
-    """
-    settings = context.getConf()
-    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
-        raise ConfigError(
-            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
-            "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
-        )
-    deadline = context.startTime / 1000 + timeouts.slots_s  # a Unix time, as startTime is
-    wanted = num_ranks or 1
-    while (slots := count_slots(context)) < wanted and not _is_local(context) and time.time() < deadline:
-        time.sleep(POLL_S)
-    if slots < wanted:
-        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if _is_local(context) else 1)
-        raise ConfigError(
-            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots} (master "
-            f"{context.master}, {executors} executors, spark.task.cpus={settings.get('spark.task.cpus', '1')}). A barrier "
-            f"stage starts all its ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
-        )
-    return num_ranks or slots
-
-
-def wait_for_slots(context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts) -> int:
-    """How many ranks the next stage may have, after machines were lost.
-
-    A cluster manager may start executors anew; `REGROUP_S` is waited for all of the slots, `slots_s` for the least of them.
-
-    Raises:
-        ConfigError: There are not enough.
-    """
-    started = time.monotonic()
-    while (slots := count_slots(context)) < wanted:
-        waited = time.monotonic() - started
-        if slots >= at_least and waited > REGROUP_S:
-            return slots
-        if waited > timeouts.slots_s:
-            raise ConfigError(
-                f"after machines were lost there are {slots} slots, and at least min_ranks={at_least} are needed; waited "
-                f"{waited:.0f} s for executors to return. Setting: Timeouts.slots_s"
-            )
-        time.sleep(POLL_S)
-    return wanted
-
-
-def _use_this_python(context: SparkContext) -> None:
-    """On one machine, let workers run the Python that runs this: the `python3` of the PATH may be another environment."""
-    if _is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
-        log.info("PYSPARK_PYTHON is not set; the workers of this session will run %s", sys.executable)
-        context.pythonExec = sys.executable
-
-
-def _is_local(context: SparkContext) -> bool:
-    return str(context.master).split("[")[0] == "local"
-
-
-def driver_addresses(context: SparkContext) -> tuple[str, str]:
-    """(where the driver should listen, under which name executors reach it)."""
-    if _is_local(context):
-        return "127.0.0.1", "127.0.0.1"
-    settings = context.getConf()
-    reachable = str(settings.get("spark.driver.host"))  # Spark sets it where the user does not
-    return settings.get("spark.driver.bindAddress") or reachable, reachable
 
 
 def run_stage(

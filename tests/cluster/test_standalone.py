@@ -100,7 +100,7 @@ import keras, numpy as np
 from pyspark.sql import SparkSession
 from allreduce_spark import SparkModel, Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.stage import count_slots
+from allreduce_spark.spark.cluster import count_slots
 
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")

@@ -1,32 +1,10 @@
-"""What the barrier stage finds out about Spark, and what it makes of Spark's errors."""
+"""What the barrier stage makes of Spark's errors."""
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-from pyspark.sql import SparkSession
 
-from allreduce_spark import Timeouts
 from allreduce_spark.spark import stage
-
-pytestmark = pytest.mark.spark
-
-
-def test_on_one_machine_the_first_call_of_a_session_runs_this_python(
-    spark: SparkSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYSPARK_PYTHON", raising=False)
-    monkeypatch.setattr(spark.sparkContext, "pythonExec", "python3-of-another-environment")
-    assert stage.active_context() is spark.sparkContext
-    assert spark.sparkContext.pythonExec == sys.executable
-
-
-def test_a_python_that_the_user_chose_is_left_alone(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYSPARK_PYTHON", "/opt/python")
-    monkeypatch.setattr(spark.sparkContext, "pythonExec", "/opt/python")
-    stage.active_context()
-    assert spark.sparkContext.pythonExec == "/opt/python"
 
 
 @pytest.mark.parametrize(
@@ -64,8 +42,3 @@ def test_an_agent_that_has_lost_the_driver_is_misfortune_and_one_that_never_reac
         assert stage._failure_of_job(RuntimeError(f"allreduce_spark.errors.RendezvousError: {text}")).stage_lost
     text = "RendezvousError: w1 cannot reach the driver at hub:5 (timed out)"
     assert not stage._failure_of_job(RuntimeError(text)).stage_lost
-
-
-def test_all_slots_are_taken_where_num_ranks_is_not_given(spark: SparkSession) -> None:
-    assert stage.count_slots(spark.sparkContext) == 2
-    assert stage.check_cluster(spark.sparkContext, None, Timeouts()) == 2

@@ -38,8 +38,8 @@ from allreduce_spark.spark.adapters.slices import (
     stream_of_slice,
     vectors_and_numbers,
 )
+from allreduce_spark.spark.cluster import active_context
 from allreduce_spark.spark.shards import Columns, blocks_of
-from allreduce_spark.spark.stage import active_context
 
 __all__ = [
     "df_to_simple_rdd",

@@ -17,7 +17,7 @@ from allreduce_spark.data.values import to_numpy
 from allreduce_spark.errors import DataError
 from allreduce_spark.spark.adapters.labels import check_labels, label_problem, num_classes_for, one_hot
 from allreduce_spark.spark.adapters.slices import pairs_of_slice
-from allreduce_spark.spark.stage import active_context
+from allreduce_spark.spark.cluster import active_context
 
 __all__ = ["arrays_of_blocks", "largest_label", "pairs_of_blocks", "pairs_of_points"]
 

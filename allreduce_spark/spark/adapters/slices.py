@@ -18,7 +18,7 @@ from allreduce_spark.data.spec import STRING, LeafSpec, RowSpec, Structure, desc
 from allreduce_spark.data.values import as_array, leaf_of
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.adapters.labels import check_labels
-from allreduce_spark.spark.stage import active_context
+from allreduce_spark.spark.cluster import active_context
 
 __all__ = [
     "columns_of",

@@ -11,7 +11,8 @@ from pyspark.sql.types import BooleanType
 
 from allreduce_spark.data.forms import ArrayForm, TableForm
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.spark.ml.params import FitParams, accessors
+from allreduce_spark.spark.ml.fit_params import FitParams
+from allreduce_spark.spark.ml.params import accessors
 from allreduce_spark.spark.ml.persistence import Persistent
 from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 from allreduce_spark.spark.model import SparkModel

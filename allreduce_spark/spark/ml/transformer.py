@@ -16,11 +16,11 @@ from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, Stru
 
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.spark.cluster import active_context
 from allreduce_spark.spark.inference import NewColumn, Transform, add_columns
 from allreduce_spark.spark.ml.params import ColumnParams, accessors
 from allreduce_spark.spark.ml.persistence import Persistent, plain_history
 from allreduce_spark.spark.shards import check_is_frame, map_batches, scalar_columns, select_columns
-from allreduce_spark.spark.stage import active_context
 from allreduce_spark.training.models.heads import Head, heads_of
 from allreduce_spark.training.models.layout import check_is_model, feature_forms, layer_of
 from allreduce_spark.training.scoring import PackedModel, pack, state_of

@@ -13,10 +13,11 @@ from pyspark import RDD, StorageLevel
 
 from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.fit import Rows
 from allreduce_spark.spark.progress import verbosity_of
 from allreduce_spark.spark.shards import columns_of, shards_of
-from allreduce_spark.spark.stage import active_context, check_cluster, count_slots, error_of_job
+from allreduce_spark.spark.stage import error_of_job
 from allreduce_spark.spark.tuning.display import SearchDisplay
 from allreduce_spark.spark.tuning.result import SearchResult
 from allreduce_spark.spark.tuning.study import Direction, Study
