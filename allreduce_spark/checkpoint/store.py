@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -190,8 +190,9 @@ class Store:
         Raises:
             ConfigError: As `survey`.
         """
-        for manifest in reversed(self.checkpoints()):
-            problems = self.verify(manifest.id)
+        manifests, there = self.checkpoints(), dict(files.list_files(self.path))
+        for manifest in reversed(manifests):
+            problems = self._problems(manifest, there)
             if not problems:
                 return manifest
             logger.warning(
@@ -215,7 +216,15 @@ class Store:
             manifest = self._manifest(checkpoint)
         except CheckpointError as error:
             return [str(error)]
-        expected = {f"{checkpoint}/{share.name}": share for share in manifest.shares}
+        return self._problems(manifest, there)
+
+    def _problems(self, manifest: Manifest, there: Mapping[str, int]) -> list[str]:
+        """What is wrong with the files of a checkpoint. All are read.
+
+        Args:
+            there: The lengths of all files in the folder, by path.
+        """
+        expected = {f"{manifest.id}/{share.name}": share for share in manifest.shares}
         if manifest.model is not None:
             expected[manifest.model.name] = manifest.model
         return [
