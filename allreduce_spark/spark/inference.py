@@ -21,41 +21,41 @@ from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDepend
 from allreduce_spark.spark.stage import missing_module
 
 if TYPE_CHECKING:
-    from allreduce_spark.training.inference import InferenceTask, PartitionMetrics
+    from allreduce_spark.training.inference import PartitionMetrics
     from allreduce_spark.training.models.heads import Head
     from allreduce_spark.training.scoring import PackedModel
 
 __all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
 
 
-def predict_blocks(task: InferenceTask, blocks: RDD[bytes]) -> list[Any]:
+def predict_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) -> list[Any]:
     """The predictions of each partition that has rows, in the order of the partitions."""
-    return _collect(blocks.mapPartitions(partial(_predict, task)))
+    return _collect(blocks.mapPartitions(partial(_predict, packed, batch_size)))
 
 
-def evaluate_blocks(task: InferenceTask, blocks: RDD[bytes]) -> list[PartitionMetrics]:
+def evaluate_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) -> list[PartitionMetrics]:
     """The metric state of each partition that has rows."""
-    return _collect(blocks.mapPartitions(partial(_evaluate, task)))
+    return _collect(blocks.mapPartitions(partial(_evaluate, packed, batch_size)))
 
 
-def _predict(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+def _predict(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
     _prepare_tensorflow()
     from allreduce_spark.training.inference import predict_rows
 
-    return _only_known_errors(predict_rows, task, blocks)
+    return _only_known_errors(partial(predict_rows, packed, batch_size, blocks))
 
 
-def _evaluate(task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+def _evaluate(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
     _prepare_tensorflow()
     from allreduce_spark.training.inference import evaluate_rows
 
-    return _only_known_errors(evaluate_rows, task, blocks)
+    return _only_known_errors(partial(evaluate_rows, packed, batch_size, blocks))
 
 
-def _only_known_errors(function: Any, task: InferenceTask, blocks: Iterable[bytes]) -> Iterator[Any]:
+def _only_known_errors(function: Callable[[], Any]) -> Iterator[Any]:
     """Errors that trying again cannot mend travel as values: Spark would run the task again and wrap the message."""
     try:
-        result = function(task, blocks)
+        result = function()
     except AllReduceSparkError as error:
         yield error
     else:

@@ -20,6 +20,7 @@ from allreduce_spark.spark.adapters.labels import check_num_classes
 from allreduce_spark.spark.adapters.pairs import pairs_of_points
 from allreduce_spark.spark.model import SparkModel
 from allreduce_spark.training.checks import check_inputs
+from allreduce_spark.training.models.heads import takes_indices
 
 if TYPE_CHECKING:
     import keras
@@ -128,18 +129,13 @@ class SparkMLlibModel(SparkModel):
         """Pairs (x, y) for this model; labels that are classes are checked as they are read."""
         check_num_classes(num_classes)
         width = _output_width(self.model)
-        if num_classes is not None and width is not None and num_classes != width and self._wants_classes(categorical):
+        are_classes = categorical or takes_indices(self.model.loss)
+        if num_classes is not None and width is not None and num_classes != width and are_classes:
             raise ConfigError(f"num_classes is {num_classes}, but the output of the model has the width {width}.")
         classes = num_classes or width
         if categorical:
             return lp_to_simple_rdd(points, categorical=True, num_classes=classes)
-        return pairs_of_points(points, classes if self._wants_classes(categorical) else None)
-
-    def _wants_classes(self, categorical: bool) -> bool:
-        loss = self.model.loss
-        name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", None)
-        ignores = getattr(loss, "ignore_class", None) is not None  # such a label may be no class
-        return categorical or (name == "sparse_categorical_crossentropy" and not ignores)
+        return pairs_of_points(points, classes if are_classes else None)
 
 
 def _vectors(partition: int, rows: Iterable[Any]) -> Iterator[np.ndarray]:

@@ -23,10 +23,9 @@ from allreduce_spark.spark.progress import Display, verbosity_of
 from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
 from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
-from allreduce_spark.training.inference import InferenceTask, result_of
-from allreduce_spark.training.job import pickle_objects
+from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
-from allreduce_spark.training.models.model_bytes import custom_objects_of, model_to_bytes
+from allreduce_spark.training.scoring import PackedModel, pack
 
 if TYPE_CHECKING:
     import keras
@@ -214,7 +213,7 @@ class SparkModel:
         context = active_context()
         columns = columns_of(features_col, label_col, weight_col)
         blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
-        return result_of(self.model, evaluate_blocks(self._inference_task(self.model, batch_size), blocks))
+        return result_of(self.model, evaluate_blocks(self._packed(self.model, batch_size), batch_size, blocks))
 
     def predict(self, data: Any, *, batch_size: int = 32, features_col: str | Sequence[str] = "features") -> Any:
         """The model's predictions for all rows, in the order of `data`, brought to the driver.
@@ -260,7 +259,7 @@ class SparkModel:
         context = active_context()
         columns = columns_of(features_col, (), None)
         blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
-        return concatenate(predict_blocks(self._inference_task(model, batch_size), blocks))
+        return concatenate(predict_blocks(self._packed(model, batch_size), batch_size, blocks))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model, with its weights, optimizer state and the settings of this object, to one file.
@@ -300,11 +299,10 @@ class SparkModel:
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._SETTINGS}
 
-    def _inference_task(self, model: keras.Model, batch_size: int) -> InferenceTask:
+    def _packed(self, model: keras.Model, batch_size: int) -> PackedModel:
         FitConfig(batch_size=batch_size)  # checks it
         self._built_model()
-        objects = pickle_objects({**custom_objects_of(model), **self._custom_objects})
-        return InferenceTask(model_to_bytes(model), objects, batch_size)
+        return pack(model, self._custom_objects)
 
     def _built_model(self) -> keras.Model:
         if not self.model.built:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,9 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.checks import check_inputs, check_labels
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
 from allreduce_spark.training.models.model_bytes import model_from_bytes
-from allreduce_spark.training.scoring import load_uncompiled
+from allreduce_spark.training.scoring import PackedModel, load_uncompiled
 
-__all__ = ["InferenceTask", "PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
-
-
-@dataclass(frozen=True)
-class InferenceTask:
-    """What a partition needs to know.
-
-    Attributes:
-        model: The `.keras` archive.
-        objects: The custom objects, by cloudpickle.
-        batch_size: Rows per batch.
-    """
-
-    model: bytes = field(repr=False)
-    objects: bytes = field(repr=False)
-    batch_size: int
+__all__ = ["PartitionMetrics", "evaluate_rows", "predict_rows", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class PartitionMetrics:
     example: tuple[Any, ...]
 
 
-def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
+def predict_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Any:
     """The model's predictions for the rows, in their order: arrays of shape (rows, ...) in the structure of its outputs.
 
     None where there is no row.
@@ -62,24 +47,24 @@ def predict_rows(task: InferenceTask, blocks: Iterable[bytes]) -> Any:
     Raises:
         DataError: A row is not fit for the model.
     """
-    batches = _batches(blocks, task.batch_size)
+    batches = _batches(blocks, batch_size)
     if batches is None:
         return None
-    model = _model(task, compiled=False)
+    model = _model(packed, compiled=False)
     check_inputs(model, batches.spec)
     return model.predict(batches.dataset(), verbose=0)
 
 
-def evaluate_rows(task: InferenceTask, blocks: Iterable[bytes]) -> PartitionMetrics | None:
+def evaluate_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> PartitionMetrics | None:
     """The metric state that the rows lead to; None where there is no row.
 
     Raises:
         DataError: A row is not fit for the model.
     """
-    batches = _batches(blocks, task.batch_size)
+    batches = _batches(blocks, batch_size)
     if batches is None:
         return None
-    model = _model(task, compiled=True)
+    model = _model(packed, compiled=True)
     check_labels(model, batches.spec)
     check_inputs(model, batches.spec)
     model.evaluate(batches.dataset(), verbose=0)
@@ -124,14 +109,14 @@ def _batches(blocks: Iterable[bytes], batch_size: int) -> ShardBatches | None:
 _last: tuple[tuple[bytes, bool], keras.Model] | None = None
 
 
-def _model(task: InferenceTask, *, compiled: bool) -> keras.Model:
+def _model(packed: PackedModel, *, compiled: bool) -> keras.Model:
     """Load the model, once for all partitions that one Python worker works on."""
     global _last
     # A function of one name may have been written anew.
-    key = (hashlib.sha256(task.model + task.objects).digest(), compiled)
+    key = (hashlib.sha256(packed.archive + packed.objects).digest(), compiled)
     if _last is None or _last[0] != key:
         if compiled:
-            _last = (key, model_from_bytes(task.model, cloudpickle.loads(task.objects)))
+            _last = (key, model_from_bytes(packed.archive, cloudpickle.loads(packed.objects)))
         else:
-            _last = (key, load_uncompiled(task.model, task.objects))
+            _last = (key, load_uncompiled(packed))
     return _last[1]

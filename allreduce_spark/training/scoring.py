@@ -36,13 +36,16 @@ class PackedModel:
     objects: bytes = field(repr=False)
 
 
-def pack(model: keras.Model) -> PackedModel:
+def pack(model: keras.Model, custom_objects: Mapping[str, Any] | None = None) -> PackedModel:
     """Pack a model with the user's code that it needs.
+
+    Args:
+        custom_objects: By name, what cannot be found in the model.
 
     Raises:
         ConfigError: Keras cannot save it, or its code cannot be sent.
     """
-    return PackedModel(model_to_bytes(model), pickle_objects(custom_objects_of(model)))
+    return PackedModel(model_to_bytes(model), pickle_objects({**custom_objects_of(model), **(custom_objects or {})}))
 
 
 def state_of(model: keras.Model) -> str:
@@ -63,7 +66,7 @@ class Scorer:
     """
 
     def __init__(self, packed: PackedModel, layer: str, *, with_outputs: bool) -> None:
-        model = load_uncompiled(packed.archive, packed.objects)
+        model = load_uncompiled(packed)
         self._outputs = [slot.name for slot in outputs_of(model) or ()]
         # Keras takes a list for a list of inputs only in its order; models of which it knows no inputs say names themselves.
         self._takes_list = bool(layer) or (bool(getattr(model, "inputs", None)) and not _is_dict(model))
@@ -115,12 +118,14 @@ def scorer_of(token: str, layer: str, *, with_outputs: bool, packed: Callable[[]
     return _scorers[key]
 
 
-def load_uncompiled(archive: bytes, objects: bytes) -> keras.Model:
+def load_uncompiled(packed: PackedModel) -> keras.Model:
     """A packed model without loss, metrics and optimizer, nor need of the user's code for them.
 
     Lambda layers are allowed: the archive comes from the user's own driver.
     """
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder, keras_lock:
         path = Path(folder) / "model.keras"
-        path.write_bytes(archive)
-        return keras.saving.load_model(path, custom_objects=cloudpickle.loads(objects), compile=False, safe_mode=False)
+        path.write_bytes(packed.archive)
+        return keras.saving.load_model(
+            path, custom_objects=cloudpickle.loads(packed.objects), compile=False, safe_mode=False
+        )

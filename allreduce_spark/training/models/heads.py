@@ -19,7 +19,7 @@ from allreduce_spark.data.forms import ArrayForm
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.models.layout import Slot, matched, names_of_list, outputs_of, tensors_of
 
-__all__ = ["Head", "heads_of", "label_forms"]
+__all__ = ["Head", "heads_of", "label_forms", "takes_indices"]
 
 _BINARY = ("BinaryCrossentropy", "BinaryFocalCrossentropy")
 _ONE_HOT = ("CategoricalCrossentropy", "CategoricalFocalCrossentropy")
@@ -95,6 +95,11 @@ class Head:
     def is_number(self) -> bool:
         """Whether `prediction` is one number per row."""
         return self.kind == "unit" or (len(self.shape) == 1 and self.kind == "classes") or self.shape in ((), (1,))
+
+
+def takes_indices(loss: Any) -> bool:
+    """Whether what a model was compiled with takes class indices for labels, and every label for a class."""
+    return _known_loss(loss)[0] in _SPARSE and getattr(loss, "ignore_class", None) is None
 
 
 def heads_of(model: keras.Model, task: str) -> tuple[Head, ...]:
