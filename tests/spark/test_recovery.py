@@ -32,7 +32,11 @@ pytestmark = pytest.mark.spark
 
 
 def test_a_fit_whose_ranks_die_again_and_again_ends_with_the_same_bits(
-    undisturbed: Outcome, nothing_is_left: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: Outcome,
+    nothing_is_left: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     faults = (
         Fault("train_begin", 1, kill_rank),
@@ -46,7 +50,9 @@ def test_a_fit_whose_ranks_die_again_and_again_ends_with_the_same_bits(
         Fault("train_end", 0, kill_rank),
     )
     with caplog.at_level(logging.WARNING, "allreduce_spark"):
-        fit(*faults, folder=tmp_path).check_is(undisturbed)
+        fit(*faults, folder=tmp_path, verbose=2).check_is(undisturbed)
+    epochs = [line.partition("/")[0] for line in capsys.readouterr().out.splitlines()]
+    assert epochs == [f"Epoch {number + 1}" for number in range(len(undisturbed.history["loss"]))]
     assert "failed in phase 'train' at epoch 0, step 3: the rank process was killed by SIGKILL" in caplog.text
     assert "the license server did not answer" in caplog.text
 
