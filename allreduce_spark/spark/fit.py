@@ -110,7 +110,7 @@ def run_fit(
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
             approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
-            fingerprint = fingerprint_of_joins(model, config, joins, approved["spec"])
+            fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
             if safety.resumed:
                 check_resumable(safety.resumed, fingerprint)
             coordinator.describe(fingerprint)

@@ -91,12 +91,25 @@ def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
         yield coordinator
 
 
-def fingerprint_of_joins(model: keras.Model, config: FitConfig, joins: Sequence[Join], spec: str | None) -> Fingerprint:
+def fingerprint_of_joins(
+    model: keras.Model,
+    config: FitConfig,
+    callbacks: Sequence[keras.callbacks.Callback],
+    joins: Sequence[Join],
+    spec: str | None,
+) -> Fingerprint:
     """What this fit is a fit of, once all shards are on disk."""
-    rows = tuple(shard.rows for shard in shards_of(joins))
+    shards = shards_of(joins)
+    rows = tuple(shard.rows for shard in shards)
     held_out = validation_rows_of(rows, config.validation_split)
-    trained_on = tuple(all_ - some for all_, some in zip(rows, held_out, strict=True))
-    return fingerprint_of(model, config, spec or "", trained_on)
+    return fingerprint_of(
+        model,
+        config,
+        callbacks,
+        data_schema=spec or "",
+        rows=tuple(all_ - some for all_, some in zip(rows, held_out, strict=True)),
+        validation_rows=sum(held_out) + sum(shard.validation_rows for shard in shards),
+    )
 
 
 def check_resumable(resumed: Manifest, now: Fingerprint) -> None:
