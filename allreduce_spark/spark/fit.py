@@ -111,9 +111,9 @@ def run_fit(
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
             approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
             fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
-            if safety.resumed:
-                check_resumable(safety.resumed, fingerprint)
-            coordinator.describe(fingerprint)
+            if coordinator.newest:
+                check_resumable(coordinator.newest, fingerprint)
+            coordinator.begin(fingerprint)
             return approved
 
         result = folder / "result"
