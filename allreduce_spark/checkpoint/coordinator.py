@@ -61,6 +61,11 @@ class Coordinator:
         with self._lock:
             return self._newest
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a barrier stage has come to `begin`."""
+        return bool(self._fingerprint)
+
     def begin(self, fingerprint: Fingerprint) -> None:
         """Before the ranks of a barrier stage start, once all rows are known: they may go on from `newest`.
 

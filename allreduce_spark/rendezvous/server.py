@@ -427,10 +427,7 @@ class Rendezvous:
     def _restart(self, cause: Failure) -> None:
         """Open a new generation: the agents kill their ranks, start others, and join again."""
         self._generation += 1
-        rank_log.warning(
-            "rank %s on %s failed in phase '%s' at epoch %s, step %s: %s. All ranks are started again (generation %d).",
-            cause.rank, cause.host, cause.phase, cause.epoch, cause.step, cause.cause.strip(), self._generation,
-        )  # fmt: skip
+        rank_log.warning("all ranks are started again (generation %d): %s", self._generation, cause.text)
         self._failures, self._keys, now = [], None, time.monotonic()
         self._call(self._note_restart, cause)
         for rank, agent in self._agents.items():

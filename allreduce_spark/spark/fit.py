@@ -112,7 +112,7 @@ def run_fit(
             approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
             fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
             if coordinator.newest:
-                check_resumable(coordinator.newest, fingerprint)
+                check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
             coordinator.begin(fingerprint)
             return approved
 
@@ -124,8 +124,8 @@ def run_fit(
             coordinator.fall_back()
             num_ranks = wait_for_slots(context, rows.num_ranks, least or 1, timeouts)
             log.warning(
-                "%s. Another barrier stage goes on from %s with %d of %d ranks.",
-                why, _place_of(coordinator.newest), num_ranks, rows.num_ranks,
+                "another barrier stage goes on from %s with %d of %d ranks: %s",
+                _place_of(coordinator.newest), num_ranks, rows.num_ranks, why,
             )  # fmt: skip
         history = take_over(model, result)
     warn_if_diverged(model)
@@ -208,7 +208,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
     refusal = fit.restarts.refusal([failure], rendezvous.place)
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
-    return f"a barrier stage was lost: {failure.cause.strip()}"
+    return failure.text
 
 
 class _Slots:

@@ -112,15 +112,19 @@ def fingerprint_of_joins(
     )
 
 
-def check_resumable(resumed: Manifest, now: Fingerprint) -> None:
+def check_resumable(resumed: Manifest, now: Fingerprint, *, of_this_fit: bool) -> None:
     """Make sure that the fit may go on from a checkpoint; what is only to be told is logged.
+
+    Args:
+        of_this_fit: An earlier barrier stage of the fit had come so far. Rows that are not the same when Spark makes them again
+            are told, and no reason to give up.
 
     Raises:
         ConfigError: It may not.
     """
     saved = Fingerprint.from_json(resumed.fingerprint)
     found = differences(saved, now, mid_epoch=resumed.step > 0)
-    forbidding = [difference.text for difference in found if difference.forbids]
+    forbidding = [difference.text for difference in found if difference.forbids and not of_this_fit]
     if forbidding:
         raise ConfigError(
             f"the fit cannot go on from checkpoint {resumed.id}, which is of another one:\n  "
