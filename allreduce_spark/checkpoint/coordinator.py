@@ -1,6 +1,7 @@
 """The driver's part of checkpoints: make one exist once all its shares are there, and say what ranks go on from.
 
-Its methods are called in the thread of the rendezvous and never wait: what touches the store is done by a thread of its own.
+What ranks wait for is done in the thread of the rendezvous and without a look at the store, but for `begin`, when none has
+started: what else touches the store is done by a thread of its own.
 """
 
 from __future__ import annotations
@@ -60,9 +61,24 @@ class Coordinator:
         with self._lock:
             return self._newest
 
-    def describe(self, fingerprint: Fingerprint) -> None:
-        """What the checkpoints of this fit are checkpoints of; known once all rows are."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether a barrier stage has come to `begin`."""
+        return bool(self._fingerprint)
+
+    def begin(self, fingerprint: Fingerprint) -> None:
+        """Before the ranks of a barrier stage start, once all rows are known: they may go on from `newest`.
+
+        Args:
+            fingerprint: What the checkpoints of this fit are checkpoints of.
+
+        Raises:
+            ConfigError: The store cannot be read or changed.
+        """
         self._fingerprint, self._num_shards = fingerprint.to_json(), len(fingerprint.rows)
+        newest = self.newest
+        if self._store is not None and newest is not None:
+            self._store.forget_later(newest.id)
 
     def resume(self, saved: Sequence[Collection[str]]) -> dict[str, Any] | None:
         """What a new generation goes on from; what ranks of earlier ones say after this is not listened to.

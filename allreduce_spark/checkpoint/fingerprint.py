@@ -21,10 +21,15 @@ class Fingerprint:
         model: SHA-256 of the architecture.
         layers, parameters: How many the model has; they make a difference of `model` easier to understand.
         optimizer: The optimizer's name and settings, as JSON: `{"class_name": ..., "config": {...}}`.
-        data_schema: What a row looks like: `RowSpec.to_json()`.
+        loss, metrics: What the model was compiled with, for people.
+        callbacks: The classes of the user's callbacks.
+        data_schema: What a row looks like, sample weights among it: `RowSpec.to_json()`. The values in the rows are not known.
         rows: Training rows per shard.
+        validation_rows: Rows to validate on, of all shards.
         seed: Of everything random.
+        shuffle: Whether each epoch has its own order of rows.
         global_batch_size: Rows per step, of all shards together.
+        class_weight: From class index to weight, as JSON.
         sync_every: Steps between combinations, or "epoch".
     """
 
@@ -32,15 +37,21 @@ class Fingerprint:
     layers: int
     parameters: int
     optimizer: str
+    loss: str
+    metrics: str
+    callbacks: tuple[str, ...]
     data_schema: str
     rows: tuple[int, ...]
+    validation_rows: int
     seed: int
+    shuffle: bool
     global_batch_size: int
+    class_weight: str
     sync_every: int | str
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; `from_json` is the way back."""
-        return {**dataclasses.asdict(self), "rows": list(self.rows)}
+        return {**dataclasses.asdict(self), "rows": list(self.rows), "callbacks": list(self.callbacks)}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Fingerprint:
@@ -50,7 +61,8 @@ class Fingerprint:
             CheckpointError: It is something else.
         """
         try:
-            return cls(**{**fields, "rows": tuple(map(int, fields["rows"]))})
+            lists = {"rows": tuple(map(int, fields["rows"])), "callbacks": tuple(map(str, fields["callbacks"]))}
+            return cls(**{**fields, **lists})
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"a checkpoint's fingerprint cannot be understood: {error!r}") from error
 
@@ -68,12 +80,26 @@ class Difference:
     forbids: bool
 
 
+# Field -> (words, whether a difference forbids to go on within an epoch).
+_MAY_BE_MEANT = {
+    "seed": ("the seed", True),
+    "shuffle": ("shuffle", True),
+    "global_batch_size": ("the global batch size", True),
+    "metrics": ("the metrics", True),
+    "loss": ("the loss", False),
+    "class_weight": ("class_weight", False),
+    "sync_every": ("sync_every", False),
+    "validation_rows": ("the rows to validate on", False),
+}
+
+
 def differences(saved: Fingerprint, now: Fingerprint, *, mid_epoch: bool) -> list[Difference]:
     """How two fingerprints differ, what forbids to go on first.
 
     Another model, other columns and another kind of optimizer have no use for the saved numbers. Within an epoch, other rows,
-    another batch size or another seed would train some rows twice and others never; between epochs they may be meant. The
-    settings of the optimizer come from the checkpoint, so those of now have no effect.
+    another batch size or another order of the rows would train some rows twice and others never, and other metrics cannot go
+    on with what the saved ones have counted; between epochs they may be meant. So may another loss, other weights of classes
+    and other callbacks, at any time. The settings of the optimizer come from the checkpoint, so those of now have no effect.
 
     Args:
         saved: Of the checkpoint.
@@ -88,12 +114,17 @@ def differences(saved: Fingerprint, now: Fingerprint, *, mid_epoch: bool) -> lis
         found.append(Difference(f"the data: saved with rows of {saved.data_schema}, now {now.data_schema}", True))
     if saved.rows != now.rows:
         found.append(Difference(f"the rows: saved with {_rows(saved.rows)}, now {_rows(now.rows)}", mid_epoch))
-    for name, words in (("seed", "the seed"), ("global_batch_size", "the global batch size")):
+    for name, (words, forbids_within) in _MAY_BE_MEANT.items():
         if getattr(saved, name) != getattr(now, name):
             text = f"{words}: saved with {getattr(saved, name)}, now {getattr(now, name)}"
-            found.append(Difference(text, mid_epoch))
-    if saved.sync_every != now.sync_every:
-        found.append(Difference(f"sync_every: saved with {saved.sync_every}, now {now.sync_every}", False))
+            found.append(Difference(text, forbids_within and mid_epoch))
+    if saved.callbacks != now.callbacks:
+        before, after = ([*fingerprint.callbacks] for fingerprint in (saved, now))
+        found.append(
+            Difference(
+                f"the callbacks: saved with {before}, now {after}; where the class has changed, it starts anew", False
+            )
+        )
     return sorted(found, key=lambda difference: not difference.forbids)
 
 

@@ -88,9 +88,7 @@ class Store:
         return Survey(tuple(complete), damaged, incomplete, tuple(sorted(partial)), tuple(sorted(foreign)))
 
     def begin(self, resumed: str | None) -> None:
-        """Make the folder ready for a fit, before its first rank starts: nobody else may be writing to it.
-
-        What was never complete is removed, and so is what comes after `resumed`: it is damaged, or it would have been resumed.
+        """Make sure that a fit may use the folder, before its first rank starts. No checkpoint is touched.
 
         Args:
             resumed: The id of the checkpoint that the fit goes on from; None for a fit that starts from its beginning.
@@ -112,14 +110,22 @@ class Store:
             )
         if resumed is not None and resumed not in ids:
             raise ConfigError(f"{self.path!r} holds no complete checkpoint {resumed}.")
-        later = [checkpoint for checkpoint in ids if resumed is not None and checkpoint > resumed]
-        for name in (*survey.incomplete, *later):
-            logger.warning(
-                "%s: removing %s, which is not complete, or later than what training goes on from", self.path, name
-            )
-            self.remove(name)
         for name in survey.partial:
             files.remove(files.inside(self.path, name))
+
+    def forget_later(self, resumed: str) -> None:
+        """Let checkpoints after `resumed`, which are damaged, exist no more: they would count as newer than those to come.
+
+        Only their manifests are removed. The rest goes with `prune`, as does what was never complete.
+
+        Raises:
+            ConfigError: The folder cannot be read, or a manifest not be removed.
+        """
+        survey = self.survey()
+        for checkpoint in (*(manifest.id for manifest in survey.complete), *survey.damaged):
+            if checkpoint > resumed:
+                logger.warning("%s: checkpoint %s is removed, training goes on from %s", self.path, checkpoint, resumed)
+                files.remove(self.place(checkpoint, MANIFEST))
 
     def put_model(self, local: Path) -> File:
         """Put the archive of the untrained model there, unless complete checkpoints have one already; returns what is there.

@@ -21,6 +21,7 @@ __all__ = ["note_shared_memory", "release_shared_memory", "scratch_folder"]
 log = logging.getLogger(__name__)
 
 PREFIX = "allreduce_spark-"
+EXECUTOR_FOLDERS = "blockmgr-*"
 _LOCK = "lock"
 _SEGMENTS = "shared_memory"
 
@@ -31,9 +32,10 @@ def scratch_folder() -> Iterator[Path]:
 
     Folders that dead agents left there are removed first.
     """
-    parent = _local_disk()
-    _remove_abandoned(parent)
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mkdtemp makes it 0700
+    disks = _local_disks()
+    for disk in disks:
+        _remove_abandoned(disk)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=disks[0]))  # mkdtemp makes it 0700
     # Locked before it gets its name: whoever finds a lock file that is not locked may remove the folder.
     unnamed = folder / (_LOCK + ".new")
     lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -65,13 +67,25 @@ def release_shared_memory(folder: Path) -> None:
                 log.info("removed the shared memory %s that a killed rank left", segment)
 
 
-def _local_disk() -> str:
-    """The first folder of SPARK_LOCAL_DIRS, which executors set, or the system's temporary folder."""
-    return next(filter(None, os.environ.get("SPARK_LOCAL_DIRS", "").split(",")), tempfile.gettempdir())
+def _local_disks() -> list[Path]:
+    """SPARK_LOCAL_DIRS, which executors set, or the system's temporary folder."""
+    return [Path(name) for name in os.environ.get("SPARK_LOCAL_DIRS", "").split(",") if name] or [
+        Path(tempfile.gettempdir())
+    ]
 
 
-def _remove_abandoned(parent: str) -> None:
-    for folder in Path(parent).glob(PREFIX + "*"):
+def _scratch_folders_on(disk: Path) -> Iterator[Path]:
+    """Those of this executor, and of others of this machine, of which some may have been killed.
+
+    Spark makes a new folder for each executor, `blockmgr-<uuid>`, beside those of the others.
+    """
+    executors = disk.parent.glob(EXECUTOR_FOLDERS) if disk.match(EXECUTOR_FOLDERS) else [disk]
+    for folder in executors:
+        yield from folder.glob(PREFIX + "*")
+
+
+def _remove_abandoned(disk: Path) -> None:
+    for folder in _scratch_folders_on(disk):
         try:
             if folder.lstat().st_uid != os.getuid():
                 continue  # In a folder that all users share, another one may have laid anything there for us.

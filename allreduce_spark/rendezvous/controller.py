@@ -213,10 +213,7 @@ class Controller:
     def _restart(self, cause: Failure) -> None:
         """Open a new generation: the agents kill their ranks, start others, and join again."""
         self._generation += 1
-        rank_log.warning(
-            "rank %s on %s failed in phase '%s' at epoch %s, step %s: %s. All ranks are started again (generation %d).",
-            cause.rank, cause.host, cause.phase, cause.epoch, cause.step, cause.cause.strip(), self._generation,
-        )  # fmt: skip
+        rank_log.warning("all ranks are started again (generation %d): %s", self._generation, cause.text)
         self.failures, self._keys, now = [], None, time.monotonic()
         self._call(self._hooks.on_restart, cause)
         for rank, before in self._stations.items():

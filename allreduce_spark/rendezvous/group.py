@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from allreduce_spark.config import Timeouts
+from allreduce_spark.errors import RankFailedError
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.world import Membership, worlds_of
 
@@ -87,6 +88,15 @@ class Failure:
     log_tail: tuple[str, ...] = ()
     consequence: bool = False
     stage_lost: bool = False
+
+    @property
+    def text(self) -> str:
+        """Who failed, where and why, for people; without the log."""
+        return str(
+            RankFailedError(
+                self.cause.strip(), rank=self.rank, host=self.host, phase=self.phase, epoch=self.epoch, step=self.step
+            )
+        )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pyspark import RDD, SparkContext
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.config import FitConfig, Recovery, Timeouts
+from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.group import Failure, Join
@@ -43,7 +43,6 @@ __all__ = ["Rows", "Spectator", "run_fit"]
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0  # at the slots
-UNSAFE = Safety(Recovery(max_restarts=0))
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,10 @@ class Spectator(Protocol):
     def show_phase(self, phase: Phase) -> None: ...
 
     def report(self, fields: dict[str, Any]) -> None:
-        """Progress; called in the rendezvous thread. What it raises ends the fit."""
+        """Progress; called in the rendezvous thread. What it raises ends the fit.
+
+        An epoch ends once, also where ranks that were started again have trained it a second time.
+        """
 
     def draw(self) -> None:
         """Called many times a second, in the thread of the fit."""
@@ -83,7 +85,7 @@ def run_fit(
     custom_objects: Mapping[str, Any],
     timeouts: Timeouts,
     spectator: Spectator,
-    safety: Safety = UNSAFE,
+    safety: Safety,
 ) -> keras.callbacks.History:
     """Train `model` on the ranks of barrier stages, and bring the trained state back into it.
 
@@ -103,21 +105,22 @@ def run_fit(
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
             approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
-            fingerprint = fingerprint_of_joins(model, config, joins, approved["spec"])
-            if safety.resumed:
-                check_resumable(safety.resumed, fingerprint)
-            coordinator.describe(fingerprint)
+            fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
+            if coordinator.newest:
+                check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
+            coordinator.begin(fingerprint)
             return approved
 
         result = folder / "result"
-        fit = _Fit(context, rows, job, approval, Restarts(safety.recovery.max_restarts), coordinator, spectator, result)
+        restarts, on_progress = Restarts(safety.recovery.max_restarts), _EachEpochOnce(spectator.report)
+        fit = _Fit(context, rows, job, approval, restarts, coordinator, spectator, on_progress, result)
         num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
         while (why := _train(fit, num_ranks)) is not None:
             coordinator.fall_back()
             num_ranks = wait_for_slots(context, rows.num_ranks, least or 1, timeouts)
             log.warning(
-                "%s. Another barrier stage goes on from %s with %d of %d ranks.",
-                why, _place_of(coordinator.newest), num_ranks, rows.num_ranks,
+                "another barrier stage goes on from %s with %d of %d ranks: %s",
+                _place_of(coordinator.newest), num_ranks, rows.num_ranks, why,
             )  # fmt: skip
         history = take_over(model, result)
     warn_if_diverged(model)
@@ -135,7 +138,23 @@ class _Fit:
     restarts: Restarts
     coordinator: Coordinator
     spectator: Spectator
+    on_progress: Callable[[dict[str, Any]], None]
     result: Path
+
+
+class _EachEpochOnce:
+    """Passes progress on, but for that of epochs which were over before the ranks had to go back behind their end."""
+
+    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
+        self._report, self._last_over = report, -1
+
+    def __call__(self, fields: dict[str, Any]) -> None:
+        if "epoch" in fields:
+            if fields["epoch"] <= self._last_over:
+                return
+            if fields["epoch_done"]:
+                self._last_over = fields["epoch"]
+        self._report(fields)
 
 
 def _place_of(checkpoint: Manifest | None) -> str:
@@ -159,7 +178,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
         hooks = Hooks(
             approve=fit.approval,
             resume=lambda joins: fit.coordinator.resume([join.saved for join in joins]),
-            on_progress=fit.spectator.report,
+            on_progress=fit.on_progress,
             on_result=file.write,
             on_saved=fit.coordinator.note,
             on_restart=forget_result,
@@ -180,7 +199,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
     refusal = fit.restarts.refusal([failure], place_of(rendezvous.stations))
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
-    return f"a barrier stage was lost: {failure.cause.strip()}"
+    return failure.text
 
 
 class _Slots:

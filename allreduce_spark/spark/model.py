@@ -128,7 +128,8 @@ class SparkModel:
             checkpoint: When the state of the training is saved, and where. None saves it now and then, on the disks of the
                 executors alone: enough for ranks that die, not for machines that are lost, after which the fit begins anew.
             resume: "auto" goes on from the newest whole checkpoint in `checkpoint.path`, if there is one, as if nothing had
-                happened; "never" refuses a folder that has any.
+                happened; "never" refuses a folder that has any. A checkpoint of another fit is refused, and where the fit can
+                go on with what has changed, the log names it.
             max_restarts: How often in a row ranks are started again, after the death of a rank or the loss of a machine,
                 without having come further than before. 0 gives up at once.
             min_ranks: Train with as few ranks as this if there are no slots for more, until there are. The rows of each global

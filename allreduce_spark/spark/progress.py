@@ -71,7 +71,9 @@ class Display:
             self._bar.refresh()  # the clock beside the phase goes on
 
     def show_phase(self, phase: Phase | str) -> None:
-        """What everybody waits for before the first step."""
+        """What everybody waits for before the first step; later, that all ranks begin again."""
+        if self._epoch is not None and Phase(phase) in (Phase.START, Phase.RESTART) and self._bar is not None:
+            self._bar.set_postfix_str("ranks are started again")
         if self._epoch is not None or Phase(phase) is self._phase or Phase(phase) not in WAITING_FOR:
             return
         self._phase = Phase(phase)

@@ -91,23 +91,40 @@ def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
         yield coordinator
 
 
-def fingerprint_of_joins(model: keras.Model, config: FitConfig, joins: Sequence[Join], spec: str | None) -> Fingerprint:
+def fingerprint_of_joins(
+    model: keras.Model,
+    config: FitConfig,
+    callbacks: Sequence[keras.callbacks.Callback],
+    joins: Sequence[Join],
+    spec: str | None,
+) -> Fingerprint:
     """What this fit is a fit of, once all shards are on disk."""
-    rows = tuple(shard.rows for shard in shards_of(joins))
+    shards = shards_of(joins)
+    rows = tuple(shard.rows for shard in shards)
     held_out = validation_rows_of(rows, config.validation_split)
-    trained_on = tuple(all_ - some for all_, some in zip(rows, held_out, strict=True))
-    return fingerprint_of(model, config, spec or "", trained_on)
+    return fingerprint_of(
+        model,
+        config,
+        callbacks,
+        data_schema=spec or "",
+        rows=tuple(all_ - some for all_, some in zip(rows, held_out, strict=True)),
+        validation_rows=sum(held_out) + sum(shard.validation_rows for shard in shards),
+    )
 
 
-def check_resumable(resumed: Manifest, now: Fingerprint) -> None:
+def check_resumable(resumed: Manifest, now: Fingerprint, *, of_this_fit: bool) -> None:
     """Make sure that the fit may go on from a checkpoint; what is only to be told is logged.
+
+    Args:
+        of_this_fit: An earlier barrier stage of the fit had come so far. Rows that are not the same when Spark makes them again
+            are told, and no reason to give up.
 
     Raises:
         ConfigError: It may not.
     """
     saved = Fingerprint.from_json(resumed.fingerprint)
     found = differences(saved, now, mid_epoch=resumed.step > 0)
-    forbidding = [difference.text for difference in found if difference.forbids]
+    forbidding = [difference.text for difference in found if difference.forbids and not of_this_fit]
     if forbidding:
         raise ConfigError(
             f"the fit cannot go on from checkpoint {resumed.id}, which is of another one:\n  "

@@ -14,6 +14,7 @@ from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.training.metrics import metric_variables
 from allreduce_spark.training.models.heads import Head, heads_of
 from allreduce_spark.training.models.layout import outputs_of
+from allreduce_spark.training.models.model_bytes import compile_arguments
 
 __all__ = ["check_callbacks", "check_classes", "check_inputs", "check_labels", "check_model", "warn_if_diverged"]
 
@@ -76,7 +77,7 @@ def check_labels(model: keras.Model, spec: RowSpec) -> None:
     Raises:
         DataError: They have none, or the other kind.
     """
-    loss = _compile_arguments(model).get("loss")
+    loss = compile_arguments(model).get("loss")
     if spec.y is None and loss is not None:
         name = loss if isinstance(loss, str) else getattr(loss, "name", None) or getattr(loss, "__name__", repr(loss))
         raise DataError(f"the rows have no labels, but the model was compiled with the loss {name!r}: give (x, y).")
@@ -200,13 +201,9 @@ def _takes(model: keras.Model, x: LeafSpec | NestSpec) -> bool:
     return True
 
 
-def _compile_arguments(model: keras.Model) -> dict[str, Any]:
-    return model._compile_config.config if model._compile_config is not None else {}
-
-
 def _drop_words_among_loss_weights(model: keras.Model) -> None:
     """`compile(optimizer, loss, ['acc'])` was right in Keras 2; in Keras 3 the third argument is `loss_weights`."""
-    arguments = dict(_compile_arguments(model))
+    arguments = dict(compile_arguments(model))
     weights = arguments.get("loss_weights")
     wrong = [w for w in keras.tree.flatten(weights) if w is not None and not isinstance(w, Real)]
     if not wrong:
@@ -222,7 +219,7 @@ def _drop_words_among_loss_weights(model: keras.Model) -> None:
 
 
 def _refuse_losses_without_reduction(model: keras.Model) -> None:
-    for loss in keras.tree.flatten(_compile_arguments(model).get("loss")):
+    for loss in keras.tree.flatten(compile_arguments(model).get("loss")):
         if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
             raise ConfigError(
                 f"the loss {loss.name!r} has reduction={loss.reduction!r}, so it is a number per row and there is no mean "

@@ -1,14 +1,14 @@
 """What the user's callbacks remember, in a form that can be put into a checkpoint and given back to new ones.
 
 A callback with `get_state()` and `set_state(state)` says itself what that is. Of any other it is the attributes with plain
-values that have changed since the fit began: EarlyStopping's `best`, `wait` and `best_weights`, ReduceLROnPlateau's `wait`.
+values that have changed since the fit began: EarlyStopping's `best` and `wait`, ReduceLROnPlateau's `wait`.
 Settings are left alone, so a fit may be resumed with others; what is no plain value (a file, a function) each makes again.
+The `best_weights` of EarlyStopping are large and the same on every rank, so whoever asks gets them apart from the rest.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -18,8 +18,6 @@ from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.plain import NotPlain, pack, unpack
 
 __all__ = ["CallbackMemory"]
-
-_log = logging.getLogger(__name__)
 
 # Settings that Keras's own callbacks change when training begins, and would change once more: MonitorCallback gives `min_delta`
 # its sign together with a function, and CSVLogger's `append` becomes what a resumed fit needs.
@@ -59,13 +57,35 @@ class CallbackMemory:
             collected[str(index)] = entry
         return collected
 
-    def restore(self, collected: Mapping[str, Any], arrays: Mapping[str, np.ndarray], prefix: str) -> None:
-        """Give the callbacks the memory that `collect` found; what had not changed then becomes again what it was at first."""
+    def best_weights(self) -> dict[int, list[np.ndarray]]:
+        """The weights of the model that an EarlyStopping keeps, by its index."""
+        return {
+            index: callback.best_weights
+            for index, callback in self._callbacks.items()
+            if _keeps_weights(callback) and callback.best_weights is not None
+        }
+
+    def restore(
+        self,
+        collected: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        prefix: str,
+        best_weights: Mapping[int, Sequence[np.ndarray]],
+    ) -> None:
+        """Give the callbacks the memory that `collect` found; what had not changed then becomes again what it was at first.
+
+        A callback of another class than was there starts anew: the driver has said so (`checkpoint.fingerprint`).
+
+        Args:
+            best_weights: What `best_weights` returned then.
+        """
         for index, callback in self._callbacks.items():
             entry = collected.get(str(index))
             if entry is None or entry["class"] != type(callback).__name__:
-                _log.warning("The checkpoint knows nothing of callback %d, %s: it starts anew.", index, callback)
                 continue
+            if _keeps_weights(callback):
+                kept = best_weights.get(index)
+                callback.best_weights = None if kept is None else list(kept)
             if "state" in entry:
                 callback.set_state(unpack(entry["state"], arrays))
                 continue
@@ -79,6 +99,11 @@ class CallbackMemory:
 
 def _speaks_for_itself(callback: keras.callbacks.Callback) -> bool:
     return callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None))
+
+
+def _keeps_weights(callback: keras.callbacks.Callback) -> bool:
+    """Whether it keeps weights that all ranks keep: of what the user has made of EarlyStopping nobody knows."""
+    return type(callback) is keras.callbacks.EarlyStopping and not getattr(callback, "root_only", False)
 
 
 def _state_of(callback: keras.callbacks.Callback, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -96,7 +121,7 @@ def _attributes(callback: keras.callbacks.Callback) -> dict[str, _Packed]:
     found: dict[str, _Packed] = {}
     for name, value in vars(callback).items():
         arrays: dict[str, np.ndarray] = {}
-        if name not in _NO_MEMORY:
+        if name not in _NO_MEMORY and not (name == "best_weights" and _keeps_weights(callback)):
             try:
                 found[name] = pack(value, name, arrays), arrays
             except NotPlain:

@@ -1,8 +1,8 @@
 """Everything a rank's training hangs on at the border between two steps: collected for a checkpoint, restored from one.
 
-What is equal on all ranks (weights, the optimizer's variables) is dealt out, so that each rank writes a part of it; the names
-of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/": random states, the metrics of an
-epoch that is not over, the memory of callbacks.
+What is equal on all ranks (the weights, those that EarlyStopping keeps, the optimizer's variables) is dealt out, so that each
+rank writes a part of it; the names of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/":
+random states, the metrics of an epoch that is not over, the memory of callbacks.
 
 Not part of it, because TensorFlow keeps them where nobody can read them, are the states of its own random operations: those of
 `tf.random.normal` inside a step, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model
@@ -34,7 +34,7 @@ from allreduce_spark.training.plain import pack, unpack
 __all__ = ["METRICS", "Position", "RankState", "SavedState", "build_metrics", "make_randomness_differ"]
 
 METRICS = "own/metrics/"
-_WIDE, _SEEDS = "shared/moving/", "own/seeds/"
+_WEIGHTS, _WIDE, _BEST, _SEEDS = "shared/weights/", "shared/moving/", "shared/best/", "own/seeds/"
 _CALLBACKS, _HISTORY, _RANDOM = "own/callbacks", "own/history", "own/random"
 
 
@@ -100,7 +100,7 @@ class RankState:
     ) -> None:
         self._model, self._communicator, self._agreed = model, communicator, agreed
         self._memory, self._history = memory, history
-        self._shared = {f"shared/weights/{index}": variable for index, variable in enumerate(model.weights)}
+        self._shared = {f"{_WEIGHTS}{index}": variable for index, variable in enumerate(model.weights)}
         self._shared |= {f"shared/optimizer/{index}": v for index, v in enumerate(model.optimizer.variables)}
         # Half precision alone: a float32 variable holds all that was agreed.
         self._wide = {f"{_WIDE}{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
@@ -115,6 +115,9 @@ class RankState:
             Tensors by name, and a JSON value.
         """
         arrays = {n: self._wide[n] if n in self._wide else _view(self._shared[n]) for n in self._mine}
+        my_weights = [int(name.removeprefix(_WEIGHTS)) for name in self._mine if name.startswith(_WEIGHTS)]
+        for index, weights in self._memory.best_weights().items():
+            arrays |= {f"{_BEST}{index}/{number}": weights[number] for number in my_weights}
         arrays |= {f"{_SEEDS}{index}": _view(variable) for index, variable in enumerate(_seeds(self._model))}
         # Also at the beginning of an epoch, when nobody needs them: what is always of one form is copied faster.
         metrics = metric_variables(self._model)
@@ -136,7 +139,7 @@ class RankState:
         Raises:
             CheckpointError: It is of another model.
         """
-        _assign(self._shared, {name: value for name, value in saved.shared.items() if not name.startswith(_WIDE)})
+        _assign(self._shared, {n: value for n, value in saved.shared.items() if not n.startswith((_WIDE, _BEST))})
         for index, (variable, agreed) in enumerate(self._agreed):
             agreed[...] = saved.shared.get(f"{_WIDE}{index}", value_of(variable))
         seeds = {f"{_SEEDS}{index}": variable for index, variable in enumerate(_seeds(self._model))}
@@ -147,7 +150,7 @@ class RankState:
             states = [saved.own[name].tolist() for name in list(seeds)[: len(seed_variables(self._model))]]
             make_randomness_differ(self._model, states, self._communicator.rank)
         self._history.epoch, self._history.history = unpack(saved.about["history"], saved.own)
-        self._memory.restore(saved.about["callbacks"], saved.own, _CALLBACKS)
+        self._memory.restore(saved.about["callbacks"], saved.own, _CALLBACKS, _best_weights(saved.shared))
 
     def restore_metrics(self, saved: SavedState) -> None:
         """Go back to the metrics of an epoch that was not over. Call it right after Keras has reset them."""
@@ -206,6 +209,16 @@ def _assign(variables: Mapping[str, keras.Variable], values: Mapping[str, np.nda
                 f"{tuple(variable.shape)}), is {found}."
             )
         variable.assign(np.array(value))  # TensorFlow may take over what it is given
+
+
+def _best_weights(shared: Mapping[str, np.ndarray]) -> dict[int, list[np.ndarray]]:
+    """By the callback's index, the weights in their order."""
+    found: dict[int, dict[int, np.ndarray]] = {}
+    for name, value in shared.items():
+        if name.startswith(_BEST):
+            index, number = map(int, name.removeprefix(_BEST).split("/"))
+            found.setdefault(index, {})[number] = value
+    return {index: [weights[number] for number in sorted(weights)] for index, weights in found.items()}
 
 
 def _view(variable: keras.Variable) -> np.ndarray:

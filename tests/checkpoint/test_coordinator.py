@@ -16,7 +16,23 @@ from allreduce_spark.checkpoint.manifest import Checksum, checkpoint_id, share_n
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint
 
-FINGERPRINT = Fingerprint("digest", 2, 10, "{}", "schema", (5, 6), 1, 8, 1)
+FINGERPRINT = Fingerprint(
+    model="digest",
+    layers=2,
+    parameters=10,
+    optimizer="{}",
+    loss="{}",
+    metrics="{}",
+    callbacks=(),
+    data_schema="schema",
+    rows=(5, 6),
+    validation_rows=0,
+    seed=1,
+    shuffle=True,
+    global_batch_size=8,
+    class_weight="null",
+    sync_every=1,
+)
 
 
 @pytest.fixture
@@ -26,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 
 def begun(store: Store | None, num_ranks: int = 2, **settings: Any) -> Coordinator:
     coordinator = Coordinator(Checkpoint(None if store is None else store.path, **settings), store)
-    coordinator.describe(FINGERPRINT)
+    coordinator.begin(FINGERPRINT)
     coordinator.resume([()] * num_ranks)
     return coordinator
 
@@ -155,3 +171,16 @@ def test_numbers_go_on_where_a_fit_is_resumed(store, tmp_path):
         second.note(rank, bring(store, tmp_path, 6, rank))
     second.close()
     assert [manifest.number for manifest in store.checkpoints()] == [1, 8]
+
+
+def test_damaged_ones_that_are_later_are_forgotten_once_the_fit_may_go_on(store, tmp_path):
+    first = begun(store)
+    for step in (5, 6):
+        for rank in (0, 1):
+            first.note(rank, bring(store, tmp_path, step, rank))
+    first.close()
+    second = Coordinator(Checkpoint(store.path), store, resumed=store.checkpoints()[0])
+    assert [manifest.step for manifest in store.checkpoints()] == [5, 6]
+    second.begin(FINGERPRINT)
+    assert [manifest.step for manifest in store.checkpoints()] == [5]
+    second.close()

@@ -192,24 +192,30 @@ def test_the_newest_complete_one_stays_whatever_else_is_there(store, tmp_path):
     assert [manifest.id for manifest in store.checkpoints()] == ids(20)
 
 
-def test_a_fit_that_goes_on_removes_what_is_later_or_was_never_complete(store, tmp_path):
+def test_a_fit_that_goes_on_leaves_the_folder_as_it_is_until_it_may_and_then_forgets_what_is_later(store, tmp_path):
     fill(store, tmp_path, 10, 20, 30, 40)
     put_shares(store, tmp_path, 5)
     put_shares(store, tmp_path, 50)
     damage(store, ids(30)[0], "manifest.json", b"")
+    before = files.list_files(store.path)
     store.begin(ids(20)[0])
+    assert files.list_files(store.path) == before
+    store.forget_later(ids(20)[0])
     survey = store.survey()
     assert [manifest.id for manifest in survey.complete] == ids(10, 20)
-    assert (survey.damaged, survey.incomplete) == ({}, ())
+    assert (survey.damaged, list(survey.incomplete)) == ({}, ids(5, 30, 40, 50))
     with pytest.raises(ConfigError, match="holds no complete checkpoint 000000-00000040"):
         store.begin(ids(40)[0])
+    fill(store, tmp_path, 45)
+    assert sorted(store.prune(Checkpoint(keep=9))) == ids(5, 30, 40)
 
 
 def test_a_fit_from_its_beginning_never_mixes_with_an_earlier_one(store, tmp_path):
     put_shares(store, tmp_path, 5)
     files.put_file(tmp_path / "local", files.inside(store.path, ".model.keras.0123abcd.partial"), overwrite=False)
     store.begin(None)
-    assert files.list_files(store.path) == []
+    survey = store.survey()
+    assert (list(survey.incomplete), survey.partial) == (ids(5), ())
     fill(store, tmp_path, 10)
     with pytest.raises(
         ConfigError, match=r"holds 1 checkpoints already, the newest 000000-00000010\. Pass resume='auto'"

@@ -92,6 +92,26 @@ def test_the_folder_of_a_killed_agent_is_removed_by_the_next_and_that_of_a_livin
     assert (in_use / "train.arrow").exists()
 
 
+def test_an_agent_removes_what_lost_executors_of_its_machine_have_left(tmp_path, monkeypatch, start_agent):
+    def executor(name):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv("SPARK_LOCAL_DIRS", str(tmp_path / name))
+
+    executor("blockmgr-lost")
+    dead, abandoned = start_agent()
+    _, in_use = start_agent()
+    dead.send_signal(signal.SIGKILL)
+    dead.wait()
+    executor("elsewhere")
+    with scratch_folder():
+        assert abandoned.exists()
+    executor("blockmgr-new")
+    with scratch_folder() as folder:
+        assert folder.parent.name == "blockmgr-new"
+        assert not abandoned.exists()
+        assert (in_use / "train.arrow").exists()
+
+
 def test_a_child_of_the_agent_does_not_keep_the_folder_locked(disk):
     """The rank outlives its agent for a moment; what it inherits must not hold the lock."""
     code = (

@@ -66,3 +66,19 @@ def test_verbose_2_shows_a_line_for_each_epoch(capsys: pytest.CaptureFixture[str
     assert first.startswith("Epoch 1/2 - 4 steps - ")
     assert first.endswith("s - loss: 0.5 - accuracy: 0.75")
     assert second.endswith("s - loss: 0.25 - accuracy: 0.75")
+
+
+def test_a_bar_says_that_the_ranks_begin_again_until_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(1, epochs=2, num_ranks=3)
+    for fields in (note(0, 4), note(1, 2), {"phase": "restart"}, {"phase": "import"}):
+        display.report(fields)
+        display.draw()
+    before = capsys.readouterr().err
+    display.report(note(1, 1))
+    display.report(note(1, 4))
+    display.close()
+    after = capsys.readouterr().err
+    assert before.index("Epoch 2/2") < before.index("ranks are started again")
+    assert "importing" not in before
+    assert "ranks are started again" not in after.rpartition("\r")[2]
+    assert "Epoch 2/2: 100%" in after

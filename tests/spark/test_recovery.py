@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,11 @@ pytestmark = pytest.mark.spark
 
 
 def test_a_fit_whose_ranks_die_again_and_again_ends_with_the_same_bits(
-    undisturbed: Outcome, nothing_is_left: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    undisturbed: Outcome,
+    nothing_is_left: None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     faults = (
         Fault("train_begin", 1, kill_rank),
@@ -46,8 +51,10 @@ def test_a_fit_whose_ranks_die_again_and_again_ends_with_the_same_bits(
         Fault("train_end", 0, kill_rank),
     )
     with caplog.at_level(logging.WARNING, "allreduce_spark"):
-        fit(*faults, folder=tmp_path).check_is(undisturbed)
-    assert "failed in phase 'train' at epoch 0, step 3: the rank process was killed by SIGKILL" in caplog.text
+        fit(*faults, folder=tmp_path, verbose=2).check_is(undisturbed)
+    epochs = [line.partition("/")[0] for line in capsys.readouterr().out.splitlines()]
+    assert epochs == [f"Epoch {number + 1}" for number in range(len(undisturbed.history["loss"]))]
+    assert "failed first in phase 'train' at epoch 0, step 3: the rank process was killed by SIGKILL" in caplog.text
     assert "the license server did not answer" in caplog.text
 
 
@@ -63,7 +70,7 @@ def test_agents_that_die_cost_a_barrier_stage_and_nothing_else(
     with caplog.at_level(logging.WARNING, "allreduce_spark"):
         outcome = fit(*faults, folder=tmp_path, checkpoint=Checkpoint(store.path, every_steps=2))
     outcome.check_is(undisturbed)
-    assert "a barrier stage was lost: the agent is gone" in caplog.text
+    assert re.search(r"another barrier stage goes on .*: rank 1 .* failed first .*: the agent is gone", caplog.text)
     assert "from epoch 1, step 2" in caplog.text or "from epoch 1, step 0" in caplog.text
     assert len(store.checkpoints()) == 3
     assert all(not store.verify(each.id) for each in store.checkpoints())
@@ -130,6 +137,6 @@ def test_a_fit_that_begins_with_one_rank_grows_at_the_end_of_an_epoch(
         )
     grown.check_is_close_to(whole)
     assert (
-        "there are slots for more ranks. Another barrier stage goes on from epoch 1, step 0 with 2 of 2 ranks"
+        "another barrier stage goes on from epoch 1, step 0 with 2 of 2 ranks: there are slots for more ranks"
         in caplog.text
     )

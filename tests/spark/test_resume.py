@@ -95,8 +95,9 @@ def test_a_fit_that_had_come_to_its_end_is_not_trained_again(
         ({"batch_size": 5}, "the global batch size: saved with 14, now 10"),
         ({"validation_split": 0.0, "validation_data": (X, Y)}, "the rows: saved with"),
         ({"seed": 12}, "the seed: saved with 11, now 12"),
+        ({"shuffle": False}, "shuffle: saved with True, now False"),
     ],
-    ids=["never", "model", "optimizer", "batch size", "rows", "seed"],
+    ids=["never", "model", "optimizer", "batch size", "rows", "seed", "shuffle"],
 )
 def test_what_is_another_fit_is_refused_before_any_rank_starts(
     spark: SparkSession, nothing_is_left: None, store: Path, tmp_path: Path, arguments: dict[str, Any], words: str
@@ -106,11 +107,14 @@ def test_what_is_another_fit_is_refused_before_any_rank_starts(
         if arguments["model"] == "sgd":
             model.compile(keras.optimizers.SGD(0.1), "mse", metrics=["mae"])
         arguments = {**arguments, "model": model}
-    files = sorted(store.rglob("*"))
+    for name, file in (("000004-00000000", "manifest.json"), ("000004-00000002", "share-0-1.safetensors")):
+        (store / name).mkdir()
+        (store / name / file).write_text("damaged, or never complete")
+    files = {path: path.read_bytes() for path in store.rglob("*.*")}
     with pytest.raises(ConfigError, match=words):
         fit(folder=tmp_path, **{"checkpoint": Checkpoint(str(store)), "resume": "auto", **arguments})
     assert steps_in(tmp_path) == 0
-    assert sorted(store.rglob("*")) == files
+    assert {path: path.read_bytes() for path in store.rglob("*.*")} == files
 
 
 def test_a_folder_that_cannot_be_used_is_refused_before_any_rank_starts(spark: SparkSession, tmp_path: Path) -> None:

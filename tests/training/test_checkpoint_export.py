@@ -8,13 +8,14 @@ import keras
 import numpy as np
 import pytest
 
-from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.checkpoint.manifest import Checksum, File, Manifest, share_name
 from allreduce_spark.checkpoint.shares import ShareWriter, deal
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.cli.main import main
+from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import LeafSpec, RowSpec
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.identity import fingerprint_of
 from allreduce_spark.training.models.checkpoint_export import export_checkpoint
 from allreduce_spark.training.models.model_bytes import save_keras
 
@@ -53,7 +54,7 @@ def save_checkpoint(store: Store, folder: Path, model: keras.Model, archive: Fil
         saved = writer.finish()
         store.put_share(saved.path, f"000000-{step:08d}", rank, 0)
         shares.append(File(share_name(rank, 0), saved.bytes, saved.checksum))
-    fingerprint = Fingerprint("ab", 4, 100, "{}", SPEC.to_json(), (32, 32), 0, 32, 1)
+    fingerprint = fingerprint_of(model, FitConfig(), [], data_schema=SPEC.to_json(), rows=(32, 32), validation_rows=0)
     manifest = Manifest(0, step, 1, 2, tuple(shares), archive, 1e9, fingerprint.to_json(), {"val_loss": 0.25})
     store.commit(manifest)
     return manifest

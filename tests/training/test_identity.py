@@ -19,8 +19,11 @@ def compiled(units: int = 4, activation: str = "relu", optimizer: object = "adam
     return model
 
 
-def fingerprint(model: keras.Model, **settings: object) -> Fingerprint:
-    return fingerprint_of(model, FitConfig(**{"seed": 1, **settings}), "schema", (5, 6))
+def fingerprint(
+    model: keras.Model, callbacks: tuple[keras.callbacks.Callback, ...] = (), **settings: object
+) -> Fingerprint:
+    config = FitConfig(**{"seed": 1, **settings})
+    return fingerprint_of(model, config, callbacks, data_schema="schema", rows=(5, 6), validation_rows=2)
 
 
 def test_the_same_code_makes_the_same_fit_though_keras_makes_up_other_names():
@@ -28,6 +31,69 @@ def test_the_same_code_makes_the_same_fit_though_keras_makes_up_other_names():
     assert one.layers[1].name != two.layers[1].name
     assert fingerprint(one) == fingerprint(two)
     assert Fingerprint.from_json(fingerprint(one).to_json()) == fingerprint(two)
+
+
+def my_loss(y, predicted):
+    return keras.ops.mean(keras.ops.abs(y - predicted), -1)
+
+
+class Strange(keras.losses.Loss):
+    def call(self, y, predicted):
+        return my_loss(y, predicted)
+
+    def get_config(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("compiled_with", "loss", "metrics"),
+    [
+        (lambda: ("mse", ["mae"]), '{"loss": "mse"}', '{"metrics": ["mae"]}'),
+        (lambda: (my_loss, None), '{"loss": "my_loss"}', "{}"),
+        (lambda: (Strange(), None), '{"loss": "Strange"}', "{}"),
+        (lambda: (keras.losses.Huber(2.0), None), r'{"loss": {"Huber": {"delta": 2.0,', "{}"),
+        (lambda: ("mse", [keras.metrics.AUC()]), '{"loss": "mse"}', r'{"metrics": [{"AUC": {"curve": "ROC",'),
+    ],
+    ids=["names", "function", "silent object", "object", "metric"],
+)
+def test_losses_and_metrics_are_told_apart_as_people_name_them(compiled_with, loss, metrics):
+    def one():
+        loss, metrics = compiled_with()
+        model = compiled()
+        model.compile("adam", loss, metrics=metrics)
+        return fingerprint(model)
+
+    assert one() == one()
+    assert one().loss.startswith(loss)
+    assert one().metrics.startswith(metrics)
+
+
+def test_arguments_of_fit_that_change_the_result_are_part_of_it():
+    model = compiled()
+    stopping = keras.callbacks.EarlyStopping()
+    for changed in ({"shuffle": False}, {"class_weight": {0: 2.0}}, {"seed": 2}, {"callbacks": (stopping,)}):
+        found = differences(fingerprint(model), fingerprint(model, **changed), mid_epoch=True)
+        assert len(found) == 1, changed
+
+
+def test_another_precision_is_another_model():
+    class Silent(keras.Model):
+        pass
+
+    def in_half_precision(make):
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            return fingerprint(make())
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    def silent():
+        model = Silent()
+        model.compile("adam", "mse")
+        return model
+
+    for make in (compiled, silent):
+        assert in_half_precision(make).model != fingerprint(make()).model
 
 
 @pytest.mark.parametrize("change", [{"units": 5}, {"activation": "tanh"}, {"skip": True}])

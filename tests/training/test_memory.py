@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -71,9 +72,8 @@ def moved(callback, fresh, change):
     change(callback)
     arrays = {}
     collected = json.loads(json.dumps(memory.collect(arrays, "own/callbacks")))
-    CallbackMemory({3: fresh}).restore(
-        collected, {name: np.array(array) for name, array in arrays.items()}, "own/callbacks"
-    )
+    arrays = {name: np.array(array) for name, array in arrays.items()}
+    CallbackMemory({3: fresh}).restore(collected, arrays, "own/callbacks", memory.best_weights())
     return collected
 
 
@@ -85,14 +85,38 @@ def test_memory_is_restored_and_settings_are_the_new_ones():
     collected = moved(keras.callbacks.EarlyStopping(patience=3), fresh, change)
     assert (fresh.wait, fresh.best, fresh.patience) == (2, 0.25, 7)
     np.testing.assert_array_equal(fresh.best_weights[1], np.zeros((30, 40)))
-    assert set(collected["3"]["attributes"]) == {"wait", "best", "best_weights"}
+    assert set(collected["3"]["attributes"]) == {"wait", "best"}
+
+
+class OwnStopping(keras.callbacks.EarlyStopping):
+    pass
+
+
+def test_best_weights_are_apart_only_where_all_ranks_have_the_same():
+    def change(callback):
+        callback.best_weights = [np.zeros((30, 40))]
+
+    of_the_root = keras.callbacks.EarlyStopping()
+    of_the_root.root_only = True
+    for callback in (OwnStopping(), of_the_root):
+        fresh = copy.copy(callback)
+        collected = moved(callback, fresh, change)
+        assert set(collected["3"]["attributes"]) == {"best_weights"}
+        np.testing.assert_array_equal(fresh.best_weights[0], np.zeros((30, 40)))
+
+
+def test_best_weights_that_were_none_are_none_again():
+    fresh = keras.callbacks.EarlyStopping()
+    fresh.best_weights = [np.ones(3)]
+    moved(keras.callbacks.EarlyStopping(), fresh, lambda callback: None)
+    assert fresh.best_weights is None
 
 
 def test_what_had_not_changed_becomes_again_what_it_was_at_first():
     fresh = keras.callbacks.ReduceLROnPlateau()
     memory = CallbackMemory({0: fresh})
     fresh.wait = 5  # as a callback may do when training begins
-    memory.restore(CallbackMemory({0: keras.callbacks.ReduceLROnPlateau()}).collect({}, "x"), {}, "x")
+    memory.restore(CallbackMemory({0: keras.callbacks.ReduceLROnPlateau()}).collect({}, "x"), {}, "x", {})
     assert fresh.wait == 0
 
 
@@ -122,8 +146,8 @@ def test_a_state_that_is_no_plain_data_is_refused_by_name():
         CallbackMemory({0: Bad()}).collect({}, "x")
 
 
-def test_a_callback_that_the_checkpoint_does_not_know_starts_anew(caplog):
+def test_a_callback_of_another_class_starts_anew():
     fresh = keras.callbacks.EarlyStopping()
-    CallbackMemory({0: fresh}).restore({"0": {"class": "Other", "attributes": {"wait": 3}}}, {}, "x")
-    assert fresh.wait == 0
-    assert "EarlyStopping" in caplog.text
+    other = {"0": {"class": "Other", "attributes": {"wait": 3}}}
+    CallbackMemory({0: fresh}).restore(other, {}, "x", {0: [np.ones(3)]})
+    assert (fresh.wait, fresh.best_weights) == (0, None)

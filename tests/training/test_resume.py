@@ -7,11 +7,13 @@ import itertools
 import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
+from allreduce_spark.checkpoint.shares import read_share
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.errors import CheckpointError
@@ -148,6 +150,18 @@ def test_a_fit_that_had_stopped_is_not_trained_further(fit_and_resume):
     assert 1 < epochs < 9
     assert fit.ids[-1] == f"{epochs:06d}-00000000"
     fit.assert_same_bits()
+
+
+def test_the_weights_that_early_stopping_keeps_are_saved_once_by_all_ranks_together(fit_and_resume):
+    config = FitConfig(epochs=3, batch_size=BATCH, seed=7)
+    stop = {"callbacks": lambda: [keras.callbacks.EarlyStopping("loss", restore_best_weights=True)]}
+    model = network()
+    fit = fit_and_resume(model, parts_of(SIZES[2]), config, **stop)
+    shares = [read_share(Path(rank.saved[-1]["kept"])) for rank in fit.whole]
+    best = [{name for name in share.tensors if name.startswith("shared/best/")} for share in shares]
+    assert all(best)
+    assert sorted([*best[0], *best[1]]) == sorted(f"shared/best/0/{number}" for number in range(len(model.weights)))
+    assert all("best_weights" not in share.about["callbacks"]["0"]["attributes"] for share in shares)
 
 
 @keras.saving.register_keras_serializable("test_resume")

@@ -67,8 +67,9 @@ def search(
 ) -> SearchResult:
     """Find good settings for a model: build and train it with many, side by side, and keep the best.
 
-    Each trial is a fit as `SparkModel.fit` does it, on `ranks_per_trial` ranks; as many run at once as there are slots for.
-    The rows are read and converted once, before the first trial, and stay on the executors' disks until the search ends.
+    Each trial is a fit as `SparkModel.fit` does it, on `ranks_per_trial` ranks, and survives ranks that die as one does; as
+    many run at once as there are slots for. The rows are read and converted once, before the first trial, and stay on the
+    disks of the executors until the search ends.
     Trials that do clearly worse than others after the same number of epochs are given up early.
 
     Args:

@@ -19,6 +19,7 @@ from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.spark.fit import Rows, run_fit
+from allreduce_spark.spark.recovery import Safety
 from allreduce_spark.spark.tuning.result import KeptModel
 from allreduce_spark.spark.tuning.trials import EndSearch, Outcome, RunningTrial
 from allreduce_spark.training.checks import check_callbacks, check_model
@@ -92,6 +93,7 @@ class TrialFits:
                 custom_objects=self.custom_objects,
                 timeouts=self.timeouts,
                 spectator=watcher,
+                safety=Safety(),
             )
         except (DataError, CancelledError, MissingDependencyError) as error:
             raise EndSearch from error  # it is the same for all

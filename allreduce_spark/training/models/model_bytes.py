@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from allreduce_spark.errors import ConfigError
 
 __all__ = [
+    "compile_arguments",
     "custom_objects_of",
     "keras_lock",
     "load_model",
@@ -74,7 +75,7 @@ def save_keras(model: keras.Model, path: Path) -> None:
 def _put_back_optimizer(model: keras.Model) -> None:
     """Saving as .h5 takes the optimizer out of what `compile` was given; the next archive would have Keras's default one."""
     if model.compiled:
-        _compile_arguments(model).setdefault("optimizer", model.optimizer)
+        compile_arguments(model).setdefault("optimizer", model.optimizer)
 
 
 @contextlib.contextmanager
@@ -174,7 +175,7 @@ def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
     """Loss, metrics and optimizer, with the functions and schedules in them; nothing of a model that is not compiled."""
     if not model.compiled:
         return
-    compiled = _compile_arguments(model)
+    compiled = compile_arguments(model)
     parts = [model.optimizer, *(compiled.get(key) for key in ("loss", "metrics", "weighted_metrics"))]
     yield from (part for part in keras.tree.flatten(parts) if part is not None and not isinstance(part, str))
     inner = getattr(model.optimizer, "inner_optimizer", None)
@@ -184,7 +185,8 @@ def _parts_of_compile(model: keras.Model) -> Iterator[Any]:
         yield from (value for value in (getattr(part, "fn", None), getattr(part, "_fn", None)) if callable(value))
 
 
-def _compile_arguments(model: keras.Model) -> dict[str, Any]:
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """What the model was compiled with, as it was given; empty where it is not compiled."""
     compiled = getattr(model, "_compile_config", None)
     return compiled.config if compiled is not None else {}
 

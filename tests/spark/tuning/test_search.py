@@ -13,6 +13,7 @@ import numpy as np
 import optuna
 import pandas
 import pytest
+from faulty_fits import Fault, Faults, kill_agent, kill_rank
 from pyspark import cloudpickle as spark_cloudpickle
 
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError, SearchError
@@ -140,6 +141,63 @@ def test_a_trial_of_two_ranks_that_is_given_up_ends_long_before_its_last_epoch(s
     # Its weights are those of an earlier epoch, and so is its value.
     assert good.value != good.history["val_loss"][-1]
     assert good.value == pytest.approx(result.best_model().evaluate(X[80:], Y[80:], verbose=0)[0], rel=1e-3)
+
+
+class Listens(GiveUp):
+    """Also notes after which epochs of which trial it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def prune(self, study, trial):
+        self.asked.append((trial.params["rate"], trial.last_step))
+        return super().prune(study, trial)
+
+
+@pytest.mark.spark
+def test_a_search_whose_ranks_and_agents_are_killed_finds_what_an_undisturbed_one_does(
+    spark, nothing_stays, nothing_is_left, tmp_path
+):
+    def once(folder, faults):
+        def callbacks(params):
+            place = tmp_path / folder / str(params["rate"])
+            place.mkdir(parents=True)
+            return [Faults(place, *faults.get(params["rate"], ()), pause_s=0.01)]
+
+        pruner = Listens()
+        result = search(
+            linear,
+            **grid(rate=[0.0, 0.05]),
+            data=(X, Y),
+            epochs=40,
+            batch_size=16,
+            callbacks=callbacks,
+            pruner=pruner,
+            ranks_per_trial=2,
+            seed=1,
+            verbose=0,
+        )
+        return sorted(result.trials, key=lambda trial: trial.params["rate"]), result.best_model(), pruner.asked
+
+    (bad, good), model, asked = once("undisturbed", {})
+    faults = {
+        0.0: [Fault("train_batch_end", 1, kill_rank, 1, 1)],
+        0.05: [Fault("epoch_end", 0, kill_rank, 4), Fault("train_batch_end", 1, kill_agent, 7, 0)],
+    }
+    (killed_bad, killed_good), same_model, asked_again = once("killed", faults)
+
+    assert len(list(tmp_path.glob("killed/*/fault-*"))) == 3
+    assert (good.state, killed_good.state) == ("complete", "complete")
+    assert (killed_good.value, killed_good.epochs, killed_good.history) == (good.value, good.epochs, good.history)
+    for one, other in zip(model.variables, same_model.variables, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # How far a bad trial comes before it hears of the verdict is a matter of time.
+    assert (bad.state, killed_bad.state) == ("pruned", "pruned")
+    common = min(bad.epochs, killed_bad.epochs)
+    assert {len(column) for column in killed_bad.history.values()} == {killed_bad.epochs}
+    assert killed_bad.history["val_loss"][:common] == bad.history["val_loss"][:common]
+    for each in (asked, asked_again):
+        assert [step for rate, step in each if rate == 0.05] == list(range(1, 41))
 
 
 def troubled(params: dict[str, Any]) -> keras.Model:
