@@ -1,7 +1,8 @@
-"""The examples are run as users run them."""
+"""The examples: the first one is run as users run it, the others one after the other in a process that they share."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,17 +16,11 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NUMBER = r"([0-9.]+)"
 
 
-def run(script: str, *arguments: str) -> str:
-    """Run an example on two ranks of this machine; it ends with 0 where it reaches what it promises."""
+def run(*arguments: str) -> str:
+    """Run Python to its end, which must be a good one; what it printed."""
     if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
         pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
-    finished = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), "--master", "local[2]", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    finished = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -33,34 +28,60 @@ def run(script: str, *arguments: str) -> str:
 @pytest.mark.spark
 @pytest.mark.slow
 def test_digits_reach_the_accuracy_that_the_readme_promises() -> None:
-    output = run("digits.py", "--num-ranks", "2")
+    output = run(str(EXAMPLES / "digits.py"), "--master", "local[2]", "--num-ranks", "2")
     found = re.search(rf"held-out accuracy {NUMBER}", output)
     assert found is not None, output
     assert float(found[1]) >= 0.95
     assert len(re.findall(r"^Epoch \d+/15 - .* - accuracy: .* - val_loss: ", output, re.MULTILINE)) == 15
 
 
+OTHERS = {
+    "rdd.py": [],
+    "mllib.py": [],
+    "pipeline.py": [],
+    "features.py": [],
+    "search.py": ["--max-trials", "4", "--epochs", "5"],
+}
+
+# To start Java and to import TensorFlow takes longer than most of them.
+ONE_AFTER_THE_OTHER = """
+import json, runpy, sys
+
+for path, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [path, *arguments]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        print("exit code", ended.code)
+    print("end of an example", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs() -> dict[str, str]:
+    """What each of them printed; at last its exit code."""
+    commands = [[str(EXAMPLES / script), "--master", "local[2]", *arguments] for script, arguments in OTHERS.items()]
+    printed = run("-c", ONE_AFTER_THE_OTHER, json.dumps(commands)).split("end of an example\n")
+    return dict(zip(OTHERS, printed[:-1], strict=True))
+
+
 @pytest.mark.spark
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "says", "least"),
+    ("script", "says", "least"),
     [
-        ("rdd.py", [], rf"held-out accuracy {NUMBER}", [0.9]),
-        ("mllib.py", [], rf"held-out accuracy {NUMBER}", [0.9]),
-        ("pipeline.py", [], rf"held-out accuracy {NUMBER} on wines, R2 {NUMBER} on diabetes", [0.93, 0.35]),
-        ("features.py", [], rf"held-out accuracy {NUMBER} from features", [0.95]),
-        (
-            "search.py",
-            ["--max-trials", "4", "--epochs", "5"],
-            rf"accuracy {NUMBER}, of . models together {NUMBER}",
-            [0.8] * 2,
-        ),
+        ("rdd.py", rf"held-out accuracy {NUMBER}", [0.9]),
+        ("mllib.py", rf"held-out accuracy {NUMBER}", [0.9]),
+        ("pipeline.py", rf"held-out accuracy {NUMBER} on wines, R2 {NUMBER} on diabetes", [0.93, 0.35]),
+        ("features.py", rf"held-out accuracy {NUMBER} from features", [0.95]),
+        ("search.py", rf"accuracy {NUMBER}, of . models together {NUMBER}", [0.8] * 2),
     ],
 )
 def test_an_example_prints_what_a_model_that_has_learnt_can_do(
-    script: str, arguments: list[str], says: str, least: list[float]
+    outputs: dict[str, str], script: str, says: str, least: list[float]
 ) -> None:
-    output = run(script, *arguments)
+    output = outputs[script]
     found = re.search(says, output)
     assert found is not None, output
     assert all(float(value) >= bound for value, bound in zip(found.groups(), least, strict=True)), found[0]
+    assert output.endswith("exit code 0\n"), output

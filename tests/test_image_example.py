@@ -1,9 +1,10 @@
-"""The image example: its steps alone, then the whole as users run it, and what it says where it cannot work."""
+"""The image example: its steps alone, then the whole, and what it says where it cannot work."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import re
 import shutil
@@ -48,14 +49,6 @@ def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def run(script: list[str], timeout_s: int = 240) -> subprocess.CompletedProcess[str]:
-    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
-        pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
-    return subprocess.run(
-        [sys.executable, *script], cwd=EXAMPLE, capture_output=True, text=True, timeout=timeout_s, check=False
-    )
 
 
 @pytest.mark.parametrize(
@@ -124,65 +117,89 @@ def test_mean_brightness_does_not_tell_the_made_up_classes_apart() -> None:
     assert 0.4 < ring_is_brighter < 0.6
 
 
-@pytest.mark.spark
-@pytest.mark.slow
-def test_it_learns_the_made_up_pictures_and_leaves_out_what_it_cannot_read(tmp_path: Path) -> None:
-    broken = tmp_path / "made-up" / "ring" / "broken one.jpg"
+# All in one process: to start Java and to import TensorFlow takes seconds.
+SEVERAL_RUNS = """
+import json, sys, train
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        train.main()
+    except SystemExit as error:
+        print("stopped:", error)
+    print("end of a run", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run on made-up pictures; and what it printed, and those on folders that cannot be trained on."""
+    if shutil.which("java") is None and "JAVA_HOME" not in os.environ:
+        pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
+    folder = tmp_path_factory.mktemp("images")
+    broken = folder / "made-up" / "ring" / "broken one.jpg"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"\xff\xd8\xff\xe0 the beginning of a JPEG file")
-
-    finished = run(["train.py", "--master", "local[2]", "--output", str(tmp_path), "--epochs", "3"])
+    for name in ("one/cat", "broken/cat", "broken/dog", "few/cat", "few/dog"):
+        (folder / name).mkdir(parents=True)
+        file = folder / name / "1.png"
+        file.write_bytes(b"no image") if "broken" in name else picture("RGB").save(file)
+    runs = [["--epochs", "3"]] + [["--images", str(folder / case[0]), *case[1:]] for case, _ in REFUSED]
+    common = ["--master", "local[2]", "--output", str(folder)]
+    finished = subprocess.run(
+        [sys.executable, "-c", SEVERAL_RUNS, json.dumps([common + run for run in runs])],
+        cwd=EXAMPLE,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert "training on made-up pictures" in finished.stdout
-    assert "301 image files, of which 1 cannot be read" in finished.stdout
-    assert re.search(r"left out: ring/broken one\.jpg: \w*Error: \w+", finished.stdout)
-    assert "cross: 105 train, 15 validation, 30 test" in finished.stdout
+    return folder, finished.stdout.split("end of a run\n")[:-1]
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_it_learns_the_made_up_pictures_and_leaves_out_what_it_cannot_read(outcome: tuple[Path, list[str]]) -> None:
+    folder, (output, *_) = outcome
+    assert "training on made-up pictures" in output
+    assert "301 image files, of which 1 cannot be read" in output
+    assert re.search(r"left out: ring/broken one\.jpg: \w*Error: \w+", output)
+    assert "cross: 105 train, 15 validation, 30 test" in output
     # Four variants of each of about 210 images for training, 32 for each of two ranks at a time; none of any other image.
-    assert len(re.findall(r"^Epoch \d/3 - 14 steps .* val_accuracy: ", finished.stdout, re.MULTILINE)) == 3
-    found = re.search(r"held-out accuracy ([0-9.]+) on (\d+) images; .* class: ([0-9.]+)", finished.stdout)
-    assert found is not None, finished.stdout
+    assert len(re.findall(r"^Epoch \d/3 - 14 steps .* val_accuracy: ", output, re.MULTILINE)) == 3
+    found = re.search(r"held-out accuracy ([0-9.]+) on (\d+) images; .* class: ([0-9.]+)", output)
+    assert found is not None, output
     accuracy, images, guess = float(found[1]), int(found[2]), float(found[3])
     assert images in (60, 61)
     assert guess < 0.52
     assert accuracy >= 0.75
     for name in ("curves.png", "confusion.png"):
-        with Image.open(tmp_path / name) as chart:
+        with Image.open(folder / name) as chart:
             assert chart.format == "PNG"
             assert len(chart.convert("L").getcolors()) > 10, f"{name} is empty"
-    assert (tmp_path / "model.keras").stat().st_size > 1e6
+    assert (folder / "model.keras").stat().st_size > 1e6
 
 
-# All in one process: starting Java costs seconds.
-SEVERAL_RUNS = """
-import sys, train
-for arguments in sys.argv[1:]:
-    sys.argv[1:] = arguments.split("|")
-    try:
-        train.main()
-    except SystemExit as error:
-        print("stopped:", error)
-"""
+# Arguments, of which the first is a folder; what is printed, in this order.
+REFUSED = [
+    (["nowhere"], ["--images .*nowhere: this folder cannot be read", "Path does not exist"]),
+    (["one"], ["1 image files, of which 0 cannot be read", "All images are of one class, 'cat'"]),
+    (
+        ["broken"],
+        ["2 image files, of which 2 cannot be read", "left out: dog/1.png", "stopped: No image can be read"],
+    ),
+    (["few"], ["cat: 0 train, 0 validation, 1 test", "Too few images: none is left for train"]),
+    (
+        ["few", "--classes", "cat", "cow"],
+        [r"stopped: --classes names \['cow'\], but there are only images of \['cat'\]"],
+    ),
+]
 
 
 @pytest.mark.spark
 @pytest.mark.slow
-def test_a_folder_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: Path) -> None:
-    for name in ("one/cat", "broken/cat", "broken/dog", "few/cat", "few/dog"):
-        (tmp_path / name).mkdir(parents=True)
-        file = tmp_path / name / "1.png"
-        file.write_bytes(b"no image") if "broken" in name else picture("RGB").save(file)
-    cases = {
-        "nowhere": ["--images .*nowhere: this folder cannot be read", "Path does not exist"],
-        "one": ["1 image files, of which 0 cannot be read", "All images are of one class, 'cat'"],
-        "broken": ["2 image files, of which 2 cannot be read", "left out: dog/1.png", "stopped: No image can be read"],
-        "few": ["cat: 0 train, 0 validation, 1 test", "Too few images: none is left for train"],
-        "few|--classes|cat|cow": [r"stopped: --classes names \['cow'\], but there are only images of \['cat'\]"],
-    }
-    common = f"--master|local[2]|--output|{tmp_path / 'out'}|--images"
-    finished = run(["-c", SEVERAL_RUNS, *(f"{common}|{tmp_path / folder}" for folder in cases)])
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    position = 0
-    for pattern in [pattern for patterns in cases.values() for pattern in patterns]:  # in this order
-        match = re.compile(pattern).search(finished.stdout, position)
-        assert match is not None, f"{pattern} is not in\n{finished.stdout[position:]}"
-        position = match.end()
+def test_a_folder_that_cannot_be_trained_on_is_refused_with_the_reason(outcome: tuple[Path, list[str]]) -> None:
+    _, (_, *outputs) = outcome
+    for (_, patterns), output in zip(REFUSED, outputs, strict=True):
+        assert re.search(".*".join(patterns), output, re.DOTALL), output

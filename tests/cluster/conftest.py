@@ -78,9 +78,22 @@ def java() -> None:
         pytest.skip("Java is missing: Spark needs it (apt-get install openjdk-17-jre-headless)")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("cluster")
+    """For tests that leave it as it is."""
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def doomed_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """For a file of tests of which the last one may kill workers."""
+    with running_cluster(tmp_path_factory.mktemp("doomed-cluster")) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path) -> Iterator[Cluster]:
     environment = {
         **os.environ,
         "SPARK_HOME": str(SPARK_HOME),

@@ -16,6 +16,7 @@ from typing import Any
 
 import pyspark
 import pytest
+from pyspark.sql import SparkSession
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "spark"))  # the fit that faults befall is that of the tests there
 import faulty_fits
@@ -73,61 +74,58 @@ def check_nothing_is_left(cluster: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def without_dropout(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+def without_dropout(spark: SparkSession) -> Outcome:
     """What the fit ends with if it is left alone. Masks of dropout are each rank's own, so one rank draws others than two."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    code, output = run(cluster, folder, [sys.executable], dropout=0.0)
-    assert code == 0, output
-    return Outcome.read(folder / "outcome.npz")
+    return faulty_fits.fit(model=faulty_fits.compiled(dropout=0.0), max_restarts=0)
 
 
 def test_an_executor_that_is_killed_is_replaced_and_the_weights_are_the_same(
-    cluster: Any, without_dropout: Outcome, tmp_path: Path
+    doomed_cluster: Any, without_dropout: Outcome, tmp_path: Path
 ) -> None:
-    before = len(cluster.executors())
-    code, output = run(cluster, tmp_path, [sys.executable], dropout=0.0, fault="executor")
+    before = len(doomed_cluster.executors())
+    code, output = run(doomed_cluster, tmp_path, [sys.executable], dropout=0.0, fault="executor")
     assert code == 0, output
-    assert len(cluster.executors()) == before + 3
+    assert len(doomed_cluster.executors()) == before + 3
     assert "another barrier stage goes on from" in output
     # With a new executor in time there are two ranks again, and the same bits; else one takes the batches of both.
     outcome = Outcome.read(tmp_path / "outcome.npz")
     if "with 1 of 2 ranks" not in output:
         outcome.check_is(without_dropout)
     outcome.check_is_close_to(without_dropout)
-    check_nothing_is_left(cluster)
+    check_nothing_is_left(doomed_cluster)
     sys.stdout.write(output[-400:])
 
 
 def test_a_driver_that_is_killed_and_submitted_again_goes_on_with_the_same_bits(
-    cluster: Any, without_dropout: Outcome, tmp_path: Path
+    doomed_cluster: Any, without_dropout: Outcome, tmp_path: Path
 ) -> None:
     command = [SUBMIT, "--conf", "spark.executor.cores=1"]
-    code, output = run(cluster, tmp_path, command, dropout=0.0, fault="driver")
+    code, output = run(doomed_cluster, tmp_path, command, dropout=0.0, fault="driver")
     assert code != 0, output
     steps_before = faulty_fits.steps_in(tmp_path)
-    code, output = run(cluster, tmp_path, command, dropout=0.0, fault="driver")  # the fault comes once
+    code, output = run(doomed_cluster, tmp_path, command, dropout=0.0, fault="driver")  # the fault comes once
     assert code == 0, output
     Outcome.read(tmp_path / "outcome.npz").check_is(without_dropout)
     steps = faulty_fits.steps_in(tmp_path) - steps_before
     assert steps < 6 * len(without_dropout.history["loss"]), "it has gone on from a checkpoint"
-    check_nothing_is_left(cluster)
+    check_nothing_is_left(doomed_cluster)
 
 
 # The last one: the cluster does not get its worker back.
 def test_a_machine_that_is_lost_for_good_leaves_its_shards_to_the_other_one(
-    cluster: Any, without_dropout: Outcome, tmp_path: Path
+    doomed_cluster: Any, without_dropout: Outcome, tmp_path: Path
 ) -> None:
     wish = {"folder": str(tmp_path), "store": str(tmp_path / "store"), "dropout": 0.0, "pause_s": 0.2}
-    with driver(cluster, [sys.executable], **wish) as started:
+    with driver(doomed_cluster, [sys.executable], **wish) as started:
         deadline = time.monotonic() + RUN_S
         while faulty_fits.steps_in(tmp_path) < 9:
             assert time.monotonic() < deadline
             assert started.poll() is None
             time.sleep(0.05)
-        os.killpg(cluster.workers[1].pid, signal.SIGKILL)  # and with it its executor
+        os.killpg(doomed_cluster.workers[1].pid, signal.SIGKILL)  # and with it its executor
         output, _ = started.communicate(timeout=RUN_S)
     assert started.returncode == 0, output
     assert re.search(r"from epoch 1, step [024] with 1 of 2 ranks", output)
     Outcome.read(tmp_path / "outcome.npz").check_is_close_to(without_dropout)
-    assert ranks(cluster.folder) == []  # of the files on a machine that is lost nobody can take care
+    assert ranks(doomed_cluster.folder) == []  # of the files on a machine that is lost nobody can take care
     sys.stdout.write(output[-400:])

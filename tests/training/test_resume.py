@@ -21,7 +21,7 @@ from allreduce_spark.training.resume import Resume, read_saved_state
 
 SIZES = {1: (21,), 2: (19, 12), 3: (21, 3, 14)}
 BATCH = 4
-EPOCHS = 3
+EPOCHS = 2  # with every resumed fit, Keras traces the model anew, on each rank
 
 
 def parts_of(sizes, outputs=1):
@@ -34,7 +34,7 @@ def parts_of(sizes, outputs=1):
     return parts
 
 
-def network(optimizer="adam", *, policy=None, metrics=("accuracy", "auc"), batch_norm=True, dropout=True):
+def network(optimizer="adam", *, policy=None, metrics=("accuracy",), batch_norm=True, dropout=True):
     keras.utils.set_random_seed(1)
     layers = [keras.Input((6,)), keras.layers.Dense(8, activation="relu", dtype=policy)]
     layers += [keras.layers.BatchNormalization(momentum=0.9, dtype=policy)] if batch_norm else []
@@ -114,7 +114,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_fit_resumed_at_any_step_has_the_bits_of_one_that_was_not_interrupted(fit_and_resume, world_size):
     config = FitConfig(epochs=EPOCHS, batch_size=BATCH, seed=7, validation_split=0.2)
-    fit = fit_and_resume(network(), parts_of(SIZES[world_size]), config, every_steps=1)
+    model = network(metrics=("accuracy", "auc"))
+    fit = fit_and_resume(model, parts_of(SIZES[world_size]), config, every_steps=1)
     assert {"000000-00000001", "000001-00000000", f"{EPOCHS:06d}-00000000"} < set(fit.ids)
     fit.assert_same_bits(fit.ids if world_size < 3 else fit.ids[::3])
 
@@ -139,7 +140,7 @@ def test_callbacks_go_on_with_what_they_remember_and_stop_at_the_same_epoch(fit_
     model, parts = network(OPTIMIZERS[optimizer]()), parts_of(SIZES[2])
     fit = fit_and_resume(model, parts, config, every_steps=6, callbacks=callbacks_that_remember)
     assert len(fit.whole[0].history["loss"]) > 3
-    fit.assert_same_bits()
+    fit.assert_same_bits(fit.ids[1::2])
 
 
 def test_a_fit_that_had_stopped_is_not_trained_further(fit_and_resume):
@@ -203,14 +204,14 @@ def test_half_precision_is_resumed_with_what_its_variables_cannot_hold(fit_and_r
     optimizer = keras.optimizers.LossScaleOptimizer(
         keras.optimizers.Adam(0.01), initial_scale=2.0**12, dynamic_growth_steps=4
     )
-    model = network(optimizer if policy == "mixed_float16" else "adam", policy=policy, metrics=("accuracy",))
-    config = FitConfig(epochs=4, batch_size=BATCH, seed=7)
+    model = network(optimizer if policy == "mixed_float16" else "adam", policy=policy)
+    config = FitConfig(epochs=EPOCHS, batch_size=BATCH, seed=7)
     fit_and_resume(model, parts_of(SIZES[2]), config, every_steps=4).assert_same_bits()
 
 
 @pytest.mark.parametrize("every", [3, "epoch"])
 def test_ranks_that_take_steps_alone_are_resumed_where_they_have_met(fit_and_resume, every):
-    config = FitConfig(epochs=3, batch_size=BATCH, seed=7, sync_every=every)
+    config = FitConfig(epochs=EPOCHS, batch_size=BATCH, seed=7, sync_every=every)
     fit = fit_and_resume(network(), parts_of(SIZES[2]), config, every_steps=1)
     steps = {int(name.split("-")[1]) for name in fit.ids}
     assert steps == ({0, 3} if every == 3 else {0})
@@ -263,16 +264,16 @@ def test_callbacks_of_the_users_own_go_on_with_their_attributes_or_with_what_the
 
 def test_a_log_file_holds_every_epoch_once(fit_and_resume, tmp_path):
     path = tmp_path / "log.csv"
-    config = FitConfig(epochs=4, batch_size=BATCH, seed=7)
+    config = FitConfig(epochs=3, batch_size=BATCH, seed=7)
     logger = {"callbacks": lambda: [keras.callbacks.CSVLogger(str(path))]}
     fit = fit_and_resume(network(), parts_of(SIZES[2]), config, every_steps=6, **logger)
     whole = path.read_bytes()
     for name in fit.ids:
-        path.write_bytes(whole + b"4,0.1")  # a line that somebody died of
+        path.write_bytes(whole + b"3,0.1")  # a line that somebody died of
         fit.resume(name)
         assert path.read_bytes() == whole, name
     with path.open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2", "3"]
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
 
 
 def test_other_numbers_of_ranks_train_on_the_same_rows(fit_and_resume):
