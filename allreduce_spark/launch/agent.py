@@ -78,7 +78,7 @@ def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
     Raises:
         RendezvousError: The driver could not be reached, or was lost: nobody is left to report to.
     """
-    with contextlib.closing(Connection(task.address, task.key)) as driver, contextlib.suppress(Aborted):
+    with contextlib.closing(Connection(task.address, task.key, task.timeouts)) as driver, contextlib.suppress(Aborted):
         driver.send("hello", rank=task.rank, host=socket.gethostname())
         try:
             _look_after_rank(task, blocks, driver)

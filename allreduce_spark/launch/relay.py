@@ -186,6 +186,7 @@ class Relay:
         """
         while _is_readable(self._driver):
             self._hear()
+        self._check_driver_is_heard()
         for message in self._heard:
             if message.kind == "restart":  # for the others: this rank has not begun
                 self._place.generation = message.fields["generation"]
@@ -342,15 +343,24 @@ class Relay:
         if self._stack_at is not None and now > self._stack_at:
             self._stack_at = None
             self._tell("stack", "\n".join(self._rank.tail).encode())
-        # This process may have been stopped or busy itself: then the driver's words lie there unread.
-        if now - self._driver.heard_at > self._timeouts.silence_s and not _is_readable(self._driver):
-            raise RendezvousError(
-                f"rank {self._number} has not heard of the driver for {now - self._driver.heard_at:.0f} s and ends. "
-                "Setting: Timeouts.silence_s"
-            )
+        self._check_driver_is_heard()
         if self._ended and not self._rank.has_ended() and now - self._ended_at > self._timeouts.teardown_s:
             log.warning("rank %d has finished but does not exit; killed", self._number)
             self._rank.kill()
+
+    def _check_driver_is_heard(self) -> None:
+        silent_s = time.monotonic() - self._driver.heard_at
+        # This process may have been stopped or busy itself: then the driver's words lie there unread.
+        if silent_s <= self._timeouts.silence_s or _is_readable(self._driver):
+            return
+        self._rank.kill()
+        cause = (
+            f"rank {self._number} has not heard of the driver for {silent_s:.0f} s and ends: the driver is stopped, or the "
+            "network between them is gone. Setting: Timeouts.silence_s"
+        )
+        with contextlib.suppress(RendezvousError):  # It may go on later, and should know then why nobody is there.
+            self._tell("failed", error="RendezvousTimeoutError", cause=cause, stage_lost=True)
+        raise RendezvousError(cause)
 
 
 def _is_readable(channel: Any) -> bool:

@@ -16,17 +16,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import RendezvousError, RendezvousTimeoutError
 from allreduce_spark.rendezvous import handshake
 from allreduce_spark.rendezvous.protocol import Codec, Message
 
 __all__ = ["Channel", "Connection"]
 
-CONNECT_S = 30.0
+CONNECT_S = 30.0  # for TCP: the host answers even where the driver is stopped, so nobody is there, or a firewall is
 READ_BYTES = 1 << 18
 GOODBYE_S = 1.0
-# A driver that has not taken a message for so long is gone: where a host vanishes, TCP itself would try for 15 minutes.
-SEND_S = 60.0
+DEFAULTS = Timeouts()
 
 
 class Channel:
@@ -91,15 +91,17 @@ class Connection(Channel):
         heard_at: When the driver was last heard, on the monotonic clock.
     """
 
-    def __init__(self, address: tuple[str, int], key: bytes) -> None:
-        """Connect and prove that both ends hold `key`, within `CONNECT_S`.
+    def __init__(self, address: tuple[str, int], key: bytes, timeouts: Timeouts = DEFAULTS) -> None:
+        """Connect and prove that both ends hold `key`, within `start_s`. Later a message has `silence_s` to be taken.
 
         Raises:
             RendezvousError: The driver cannot be reached, or hangs up each time.
             AuthenticationError: Whoever listens there does not hold the key.
         """
-        sock, codec = _connect(address, key)
-        sock.settimeout(SEND_S)
+        sock, codec = _connect(address, key, timeouts.start_s)
+        # Where a host vanishes, TCP itself would try for 15 minutes.
+        sock.settimeout(timeouts.silence_s)
+        self._silence_s = timeouts.silence_s
         super().__init__(sock, codec)
         self.local_address: str = sock.getsockname()[0]
         self.heard_at = time.monotonic()
@@ -117,7 +119,10 @@ class Connection(Channel):
             # Half a frame may be on its way, so nothing may follow it; the reading side is to see the end as well.
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-            raise RendezvousError(f"the driver is gone: a '{kind}' message could not be sent ({error})") from error
+            why = f"a '{kind}' message could not be sent ({error})"
+            if isinstance(error, TimeoutError):
+                why = f"it did not take a '{kind}' message within {self._silence_s:g} s. Setting: Timeouts.silence_s"
+            raise RendezvousError(f"the driver is gone: {why}") from error
 
     def messages(self) -> list[Message]:
         received = super().messages()
@@ -140,21 +145,23 @@ class Connection(Channel):
         self._closing.set()
         # Closing with unread bytes in the buffer would reset the connection, and the driver could lose our last message:
         # so say goodbye, and read until the driver has hung up.
+        deadline = time.monotonic() + GOODBYE_S
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
-            self._socket.settimeout(GOODBYE_S)
-            while self._socket.recv(READ_BYTES):
-                pass
+            while (left_s := deadline - time.monotonic()) > 0:
+                self._socket.settimeout(left_s)
+                if not self._socket.recv(READ_BYTES):
+                    break
         super().close()
 
 
-def _connect(address: tuple[str, int], key: bytes) -> tuple[socket.socket, Codec]:
+def _connect(address: tuple[str, int], key: bytes, timeout_s: float) -> tuple[socket.socket, Codec]:
     """Connect and authenticate; try again where the driver hangs up, because strangers crowd its door."""
-    deadline = time.monotonic() + CONNECT_S
+    deadline = time.monotonic() + timeout_s
     pause_s = 0.05
     while True:
         try:
-            sock = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+            sock = socket.create_connection(address, timeout=max(0.01, min(CONNECT_S, deadline - time.monotonic())))
         except OSError as error:
             raise RendezvousError(
                 f"{socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} ({error}). Executors must be "
@@ -166,7 +173,10 @@ def _connect(address: tuple[str, int], key: bytes) -> tuple[socket.socket, Codec
         except (OSError, EOFError) as error:
             sock.close()
             if time.monotonic() + pause_s > deadline:
-                raise RendezvousError(f"the driver at {address[0]}:{address[1]} hung up: {error}") from error
+                raise RendezvousError(
+                    f"{socket.gethostname()} was not let in by the driver at {address[0]}:{address[1]} within {timeout_s:g} s: "
+                    f"it hung up, or did not answer ({error}). Setting: Timeouts.start_s"
+                ) from error
         except BaseException:
             sock.close()
             raise

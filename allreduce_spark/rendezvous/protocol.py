@@ -48,6 +48,7 @@ _TYPES_OF_FIELDS: dict[str, tuple[type, ...]] = {
     "cause": (str,),
     "log_tail": (list,),
     "consequence": (bool,),
+    "stage_lost": (bool,),
 }
 
 

@@ -168,10 +168,16 @@ class Rendezvous:
                 self._deserted.set()
 
     async def _watch(self) -> None:
+        interval_s, was_late = self._timeouts.heartbeat_s, False
         try:
             while not self._controller.finished.is_set():
-                await asyncio.sleep(self._timeouts.heartbeat_s)
+                slept_at = time.monotonic()
+                await asyncio.sleep(interval_s)
                 self._controller.tell_all("heartbeat")
+                # This process may have been stopped or busy itself: then what agents have said lies there unread.
+                was_late = not was_late and time.monotonic() - slept_at > 2 * interval_s
+                if was_late:
+                    continue
                 stations, now = self.stations, time.monotonic()
                 for station in stalled_for_long(stations, now, self._timeouts):
                     self._warn_of(station, now)

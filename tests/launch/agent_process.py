@@ -56,6 +56,12 @@ def slow(rank: int) -> Iterator[tuple[int, bytes]]:
     return (yield from three(rank))
 
 
+def stuck(rank: int) -> Iterator[tuple[int, bytes]]:
+    """Rank 1 waits for a first block that never comes."""
+    time.sleep(600 if rank else 0)
+    return (yield from three(rank))
+
+
 def main() -> None:
     fields = json.loads(sys.argv[1])
     rows = globals()[fields.pop("rows")]

@@ -74,7 +74,14 @@ class Fit:
             self.start_agent(address, rank, len(behaviours), behaviour, rows[rank] if rows else "three", timeouts)
 
     def start_agent(
-        self, address: Any, rank: int, num_ranks: int, behaviour: str, rows: str = "three", timeouts: Timeouts = FAST
+        self,
+        address: Any,
+        rank: int,
+        num_ranks: int,
+        behaviour: str,
+        rows: str = "three",
+        timeouts: Timeouts = FAST,
+        prefix: tuple[str, ...] = (),
     ) -> None:
         fields = {
             "rank": rank,
@@ -85,11 +92,40 @@ class Fit:
             "files": {"behaviour": behaviour},
             "rows": rows,
         }
-        self.agents.append(self.process(HERE / "agent_process.py", json.dumps(fields)))
+        self.agents.append(self.process(HERE / "agent_process.py", json.dumps(fields), prefix=prefix))
 
-    def process(self, program: Path, *arguments: str) -> subprocess.Popen[str]:
+    def start_with_driver(
+        self,
+        *behaviours: str,
+        rows: str = "three",
+        timeouts: Timeouts = FAST,
+        stops_itself: bool = False,
+        host: str = "127.0.0.1",
+        prefixes: Sequence[tuple[str, ...]] = ((), (), ()),
+    ) -> subprocess.Popen[str]:
+        """The same with a driver in a process of its own, which prints what became of the fit.
+
+        Args:
+            stops_itself: Whether it does so when the first piece of the result comes.
+            host: Where it listens.
+            prefixes: Words before the command of the driver, and of each agent.
+        """
+        fields = {
+            "key": KEY.hex(),
+            "host": host,
+            "stops_itself": stops_itself,
+            "timeouts": dataclasses.asdict(timeouts),
+        }
+        driver = self.process(HERE / "driver_process.py", json.dumps(fields), prefix=prefixes[0])
+        assert driver.stdout is not None
+        address = host, int(driver.stdout.readline())
+        for rank, behaviour in enumerate(behaviours):
+            self.start_agent(address, rank, len(behaviours), behaviour, rows, timeouts, prefixes[rank + 1])
+        return driver
+
+    def process(self, program: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, program, *arguments],
+            [*prefix, sys.executable, program, *arguments],
             env={**os.environ, "ALLREDUCE_SPARK_TEST": self.mark, "SPARK_LOCAL_DIRS": str(self.disk)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -313,31 +313,13 @@ def test_the_next_agent_on_the_machine_clears_up_after_a_dead_one(fit):
 
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGTERM])
 def test_agents_kill_their_ranks_and_raise_when_the_driver_dies(clean_fit, way):
-    driver = clean_fit.process(Path(__file__).with_name("driver_process.py"), (b"k" * 32).hex())
-    port = int(driver.stdout.readline())
-    for rank in range(2):
-        clean_fit.start_agent(("127.0.0.1", port), rank, 2, "trains_and_ignores_signals")
+    driver = clean_fit.start_with_driver("trains_and_ignores_signals", "trains_and_ignores_signals")
     wait_until(lambda: len(clean_fit.ranks()) == 2, "both ranks have been started")
     driver.send_signal(way)
     driver.communicate()
     assert wait_until(lambda: not clean_fit.ranks(), "all ranks are dead") < SOON_S
     for error in clean_fit.agent_errors():
         assert "RendezvousError: the driver is gone" in error
-
-
-def test_agents_give_up_a_driver_that_is_stopped_after_silence_s(clean_fit):
-    driver = clean_fit.process(Path(__file__).with_name("driver_process.py"), (b"k" * 32).hex())
-    port = int(driver.stdout.readline())
-    for rank in range(2):
-        timeouts = Timeouts(heartbeat_s=0.1, silence_s=2)
-        clean_fit.start_agent(("127.0.0.1", port), rank, 2, "trains", timeouts=timeouts)
-    wait_until(lambda: len(clean_fit.ranks()) == 2, "both ranks have been started")
-    driver.send_signal(signal.SIGSTOP)
-    for rank, error in enumerate(clean_fit.agent_errors()):
-        assert f"rank {rank} has not heard of the driver" in error
-        assert "Timeouts.silence_s" in error
-    driver.kill()
-    driver.communicate()
 
 
 def test_a_stopped_agent_is_named_after_silence_s_and_leaves_once_it_goes_on(clean_fit):

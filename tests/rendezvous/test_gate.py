@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import RendezvousError
-from allreduce_spark.rendezvous import client, gate, handshake
+from allreduce_spark.rendezvous import gate, handshake
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.gate import Gate, Guest
 from allreduce_spark.rendezvous.protocol import Codec, Message
@@ -141,11 +142,10 @@ def test_who_holds_the_key_gets_in_and_is_answered(host, open_door):
     assert door.end_of_a_guest() is None
 
 
-def test_who_holds_another_key_is_refused(open_door, monkeypatch, caplog):
-    monkeypatch.setattr(client, "CONNECT_S", 0.2)
+def test_who_holds_another_key_is_refused(open_door, caplog):
     door = open_door()
     with pytest.raises(RendezvousError, match="hung up"):
-        Connection(door.address, b"another key")
+        Connection(door.address, b"another key", Timeouts(start_s=0.2))
     eventually(lambda: "it does not hold the key of this fit" in caplog.text, "the warning")
     with agent_at(door):
         pass

@@ -15,7 +15,7 @@ import pytest
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import RendezvousError
 from allreduce_spark.launch.agent import AgentTask
-from allreduce_spark.rendezvous import client, handshake
+from allreduce_spark.rendezvous import handshake
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.gate import Gate
@@ -51,12 +51,11 @@ def test_nothing_that_is_sent_shows_the_key(shows_key):
     assert not shows_key(KEY, challenge(NONCE) + answer.data + reply)
 
 
-def test_no_error_and_no_log_of_a_failed_meeting_shows_the_key(meet, monkeypatch, caplog, shows_key):
+def test_no_error_and_no_log_of_a_failed_meeting_shows_the_key(meet, caplog, shows_key):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(client, "CONNECT_S", 0.2)
     meeting = meet(1)
     with pytest.raises(RendezvousError) as caught:
-        Connection(meeting.address, KEY)
+        Connection(meeting.address, KEY, Timeouts(start_s=0.2))
     meeting.close()
     assert "refused a connection" in caplog.text
     for key in (KEY, b"k" * 32):  # the wrong one, and the one that the rendezvous holds

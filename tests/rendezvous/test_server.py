@@ -14,7 +14,7 @@ import pytest
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import DataError, RendezvousError
-from allreduce_spark.rendezvous import protocol
+from allreduce_spark.rendezvous import gate, protocol
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.group import Failure
@@ -467,6 +467,23 @@ def test_an_agent_that_reads_nothing_holds_up_nobody(meet):
     zero.say("done")
     one.say("done")
     assert zero.hear().kind == one.hear().kind == "finish"
+
+
+def test_an_agent_for_which_too_much_lies_unread_is_named_and_the_driver_is_not_held_up(meet, monkeypatch):
+    monkeypatch.setattr(gate, "MAX_UNSENT_BYTES", 1 << 20)
+    meeting = meet(2)
+    zero, one = meeting.gather()
+    zero.say("pmi", line="cmd=get_my_kvsname")
+    name = zero.hear().fields["line"].rpartition("=")[2]
+    zero.say("pmi", line=f"cmd=put kvsname={name} key=k value={'x' * 900}")
+    assert "rc=0" in zero.hear().fields["line"]
+    with contextlib.suppress(RendezvousError):
+        while not meeting.rendezvous.wait(0):
+            one.say("pmi", line=f"cmd=get kvsname={name} key=k")  # and does not read the answers
+    assert zero.hear().kind == "abort"
+    failure = meeting.rendezvous.failure
+    assert (failure.error, failure.rank) == ("AgentLost", 1)
+    assert "bytes from the driver unread" in failure.cause
 
 
 # Other generations

@@ -182,6 +182,31 @@ def is_killed_at_the_end(channel, folder, status):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def stops_in(channel, folder, status, phase):
+    """All come to this phase; rank 1 is stopped there, and the others wait for it."""
+    from allreduce_spark.rendezvous.protocol import Phase
+
+    if phase != "import":
+        start(channel, status)
+    status.write_waiting(os.environ["PMI_RANK"] != "1", 0.0)
+    status.write(Phase(phase))
+    if os.environ["PMI_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(600)
+
+
+def stops_at_the_end(channel, folder, status):
+    finishes(channel, folder, status)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def prints_until_it_is_enough(channel, folder, status):
+    start(channel, status)
+    while not (folder / "enough").exists():
+        sys.stdout.write("a line like all others\n" * 100)
+    finish(channel, folder)
+
+
 def closes_its_output(channel, folder, status):
     start(channel, status)
     os.close(1)
