@@ -30,6 +30,8 @@ class Timeouts:
         step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.
         stall_warning_s: A rank that takes longer than this for one step is named in the log, with what its code is doing.
         collective_s: One rank waiting for the others in one collective.
+        checkpoint_s: Bringing a checkpoint to its store. Training goes on meanwhile, and waits for it at the end of some epochs
+            and at its own end; after so long it goes on without that checkpoint.
         result_s: Bringing the weights from the root to the driver.
         teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known.
         heartbeat_s: From one sign of life to the next, between driver and agents, in both directions.
@@ -44,6 +46,7 @@ class Timeouts:
     step_s: float = 1800.0
     stall_warning_s: float = 60.0
     collective_s: float = 1800.0
+    checkpoint_s: float = 600.0
     result_s: float = 600.0
     teardown_s: float = 20.0
     heartbeat_s: float = 1.0

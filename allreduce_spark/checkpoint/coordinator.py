@@ -7,17 +7,19 @@ started: what else touches the store is done by a thread of its own.
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.checkpoint.manifest import File, Manifest
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.config import Checkpoint
-from allreduce_spark.errors import CheckpointError
+from allreduce_spark.config import Checkpoint, Timeouts
+from allreduce_spark.errors import CheckpointError, ConfigError
 
 __all__ = ["Coordinator"]
 
@@ -34,6 +36,7 @@ class Coordinator:
         store: Where they are kept; None where they stay on the disks of the agents.
         model: The archive of the untrained model, as it lies in the store.
         resumed: What the fit goes on from.
+        timeout_s: How long the store is waited for.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Coordinator:
         *,
         model: File | None = None,
         resumed: Manifest | None = None,
+        timeout_s: float = Timeouts.checkpoint_s,
     ) -> None:
         self._settings, self._store, self._model = settings, store, model
         self._newest = resumed
@@ -53,7 +57,11 @@ class Coordinator:
         self._num_ranks = 0
         self._tried: dict[str, int] = {}
         self._lock = threading.Lock()  # for what the thread below has learnt
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="allreduce-spark-checkpoints")
+        self._timeout_s = timeout_s
+        self._work: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        # A daemon: a store that hangs is not to keep the driver from its end, as the threads of an executor do.
+        self._thread = threading.Thread(target=self._do_work, name="allreduce-spark-checkpoints", daemon=True)
+        self._thread.start()
 
     @property
     def newest(self) -> Manifest | None:
@@ -128,23 +136,40 @@ class Coordinator:
                 logs=dict(fields["logs"]),
                 settings=self._settings,
             )
-            self._thread.submit(self._commit, self._store, manifest)
+            self._work.put(partial(self._commit, self._store, manifest))
 
     def fall_back(self) -> None:
         """Before another barrier stage: make sure that the newest checkpoint is whole, or go back to the one before.
 
         Raises:
-            ConfigError: The store cannot be read.
+            ConfigError: The store cannot be read, or does not answer.
         """
-        if self._store is not None:
-            self._thread.submit(lambda: None).result()  # what is being committed comes first
-            newest = self._store.latest()
-            with self._lock:
-                self._newest = newest
+        if self._store is None:
+            return
+        latest: Future[Manifest | None] = Future()
+        self._work.put(partial(_settle, latest, self._store.latest))  # what is being committed comes first
+        if not wait([latest], self._timeout_s).done:
+            raise ConfigError(
+                f"the store of the checkpoints, {self._store.path!r}, has not answered for {self._timeout_s:g} s. "
+                "Setting: Timeouts.checkpoint_s"
+            )
+        with self._lock:
+            self._newest = latest.result()
 
     def close(self) -> None:
         """Wait until everything that was noted is in the store."""
-        self._thread.shutdown()
+        self._work.put(None)
+        self._thread.join(self._timeout_s)
+        if self._thread.is_alive():
+            log.warning(
+                "the last checkpoint has not come to its store within %g s, and may be missing there. "
+                "Setting: Timeouts.checkpoint_s",
+                self._timeout_s,
+            )
+
+    def _do_work(self) -> None:
+        while work := self._work.get():
+            work()
 
     def _commit(self, store: Store, manifest: Manifest) -> None:
         try:
@@ -156,3 +181,11 @@ class Coordinator:
             log.warning("checkpoint %s: %s. Training goes on.", manifest.id, error)
         except Exception:
             log.exception("checkpoint %s could not be kept. Training goes on.", manifest.id)
+
+
+def _settle(future: Future[Manifest | None], work: Callable[[], Manifest | None]) -> None:
+    """Leave in the future what the work returns or raises."""
+    try:
+        future.set_result(work())
+    except Exception as error:  # noqa: BLE001  whoever waits for it sees it
+        future.set_exception(error)

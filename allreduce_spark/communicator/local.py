@@ -126,8 +126,7 @@ class LocalGroup:
                 missing = name_ranks([other for other in range(self.world_size) if other not in meeting.calls])
                 self._break(
                     CollectiveTimeoutError,
-                    f"rank {rank} waited {timeout_s:g} s for {missing} in {call}. "
-                    "If the ranks are only slow, raise Timeouts.collective_s.",
+                    f"rank {rank} waited {timeout_s:g} s for {missing} in {call}",
                 )
             else:
                 self._changed.wait(left_s)

@@ -80,7 +80,7 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
 
     Args:
         world: Who this process is to be.
-        timeout_s: Seconds that a collective waits for the other ranks; `Timeouts.collective_s` of the settings.
+        timeout_s: Seconds that a collective waits for the other ranks, the opening among them.
 
     Raises:
         ConfigError: MPI came up with another rank or size, or without support for threads.
@@ -282,10 +282,7 @@ class MPICommunicator:
             return
         silent = [rank for rank in range(self.world_size) if rank != self.rank and not self._received[rank].any()]
         waited_for = f"{name_ranks(silent)}, of which one at least did not come" if silent else "the data of the others"
-        raise CollectiveTimeoutError(
-            f"rank {self.rank} waited {waited_s:.1f} s in {call} for {waited_for}. "
-            f"If the ranks are only slow, raise Timeouts.collective_s (now {limit_s:g})."
-        )
+        raise CollectiveTimeoutError(f"rank {self.rank} waited {waited_s:.1f} s in {call} for {waited_for}")
 
     def _tell_others(self, note: str) -> None:
         """Send each rank the note, as far as that can be done at once. MPI is not called any more afterwards."""

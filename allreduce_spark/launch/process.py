@@ -139,7 +139,7 @@ class RankProcess:
             # Also where it has ended: if its warm process was killed, it may have a last moment to live.
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process[1], signal.SIGKILL)
-            _wait_for(process[1])
+            _wait_for(process[1])  # Without a deadline: only the kernel can keep it, and the driver looks at its clock.
             _wait_for(self.ended, REAPED_S)
             self.has_ended()
         self._lifeline.close()

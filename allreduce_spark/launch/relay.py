@@ -269,7 +269,7 @@ class Relay:
         with contextlib.suppress(RendezvousError):  # The relay finds out.
             self._driver.send("saved", generation=generation, **fields)
         with contextlib.suppress(OSError):  # The rank has ended.
-            channel.send("uploaded")
+            channel.send("uploaded", id=fields["id"])
 
     def _from_pmi(self) -> None:
         with contextlib.suppress(ConnectionError):

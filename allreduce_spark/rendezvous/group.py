@@ -214,6 +214,7 @@ _SETTING_OF_PHASE = {
     Phase.FIRST_STEP: "step_s",
     Phase.TRAIN: "step_s",
     Phase.VALIDATE: "step_s",
+    Phase.CHECKPOINT: "checkpoint_s",
     Phase.RESULT: "result_s",
     Phase.TEARDOWN: "teardown_s",
 }
@@ -299,8 +300,10 @@ def _stalled(behind: Sequence[Station], now: float, timeouts: Timeouts) -> Failu
         return None
     last = max(behind, key=lambda station: station.changed_at)
     setting = _SETTING_OF_PHASE[last.phase]
-    stalled_s = now - last.changed_at
-    if stalled_s <= getattr(timeouts, setting):
+    stalled_s, limit_s = now - last.changed_at, getattr(timeouts, setting)
+    if last.phase is Phase.CHECKPOINT:
+        limit_s += timeouts.silence_s  # the rank gives it up by itself, and goes on: that is to be heard first
+    if stalled_s <= limit_s:
         return None
     also = [station.rank for station in behind if station is not last]
     at = f" at epoch {last.epoch}, step {last.step}" if last.phase.has_step else ""

@@ -65,13 +65,14 @@ class Phase(str, Enum):
     FIRST_STEP = "first step"
     TRAIN = "train"
     VALIDATE = "validate"
+    CHECKPOINT = "checkpoint"
     RESULT = "result"
     TEARDOWN = "teardown"
 
     @property
     def has_step(self) -> bool:
         """Whether a rank in this phase is at some optimizer step."""
-        return self in (Phase.FIRST_STEP, Phase.TRAIN, Phase.VALIDATE)
+        return self in (Phase.FIRST_STEP, Phase.TRAIN, Phase.VALIDATE, Phase.CHECKPOINT)
 
 
 @dataclass(frozen=True)

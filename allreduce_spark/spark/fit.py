@@ -100,7 +100,7 @@ def run_fit(
     with (
         scratch_folder() as folder,  # which the next fit here removes if this driver is killed
         hold_slots(rows.num_ranks, partial(count_slots, context)),
-        coordinate(safety, job.model) as coordinator,
+        coordinate(safety, job.model, timeouts.checkpoint_s) as coordinator,
     ):
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:

@@ -65,11 +65,12 @@ def newest_checkpoint(checkpoint: Checkpoint | None, resume: object) -> Manifest
 
 
 @contextlib.contextmanager
-def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
+def coordinate(safety: Safety, archive: bytes, timeout_s: float) -> Iterator[Coordinator]:
     """The coordinator of a fit; at the end everything that it was told of is in the store.
 
     Args:
         archive: The untrained model, as a `.keras` file.
+        timeout_s: How long the store is waited for, once the fit has begun.
 
     Raises:
         ConfigError: The store cannot be used, or holds the checkpoints of another fit.
@@ -84,7 +85,7 @@ def coordinate(safety: Safety, archive: bytes) -> Iterator[Coordinator]:
             local = folder / "model.keras"
             local.write_bytes(archive)
             model = store.put_model(local)
-        coordinator = Coordinator(safety.checkpoint, store, model=model, resumed=resumed)
+        coordinator = Coordinator(safety.checkpoint, store, model=model, resumed=resumed, timeout_s=timeout_s)
     if resumed:
         log.info("going on from checkpoint %s of %s: epoch %d, step %d", resumed.id, path, resumed.epoch, resumed.step)
     with contextlib.closing(coordinator):

@@ -39,7 +39,7 @@ from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
-from allreduce_spark.training.watched import WatchedCommunicator
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by
 from allreduce_spark.world import Membership, World
 
 __all__ = ["Checkpointing", "run_rank", "train"]
@@ -56,12 +56,14 @@ class Checkpointing:
         checkpoint: How often; None where nothing is to be saved.
         resume: Where to go on; None to begin at the beginning.
         announce: Called by a thread with "saved" or "save_failed", and what there is to say (see `Saver`).
+        timeout_s: How long the training waits for a checkpoint to come to its store.
     """
 
     folder: Path
     checkpoint: Checkpoint | None
     resume: Resume | None
     announce: Callable[[str, dict[str, Any]], None]
+    timeout_s: float
 
 
 def run_rank(channel: Channel, folder: Path, threads: int) -> None:
@@ -90,8 +92,8 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
-    # Another rank may still be importing when this one comes.
-    opened = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    with limited_by("import_s", "init_s"):  # Another rank may still be importing when this one comes.
+        opened = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
     communicator = WatchedCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
@@ -119,13 +121,15 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
             job.checkpoint,
             Resume.from_json(start.fields["resume"]) if start.fields.get("resume") else None,
             partial(_announce, channel, job),
+            job.timeouts.checkpoint_s,
         ),
     )
 
     status.write(Phase.RESULT)
     if membership.world.is_root and history is not None:
         write_result(model, history, spec, folder / "result")
-    communicator.barrier(timeout_s=job.timeouts.result_s)
+    with limited_by("result_s"):
+        communicator.barrier(timeout_s=job.timeouts.result_s)
     status.write(Phase.TEARDOWN)
     communicator.close()
     channel.send("done", regroups=history is None)
@@ -136,9 +140,12 @@ def _announce(channel: Channel, job: Job, kind: str, fields: dict[str, Any]) -> 
     channel.send(kind, **fields)
     if kind == "saved" and job.checkpoint is not None and job.checkpoint.path is not None:
         try:
-            channel.receive(job.timeouts.result_s)
+            while channel.receive(job.timeouts.checkpoint_s).fields["id"] != fields["id"]:
+                pass  # the answer to one that was given up
         except RendezvousTimeoutError as error:
-            log.warning("checkpoint %s is not in the store yet: %s. Setting: Timeouts.result_s", fields["id"], error)
+            log.warning(
+                "checkpoint %s is not in its store yet: %s. Setting: Timeouts.checkpoint_s", fields["id"], error
+            )
 
 
 def train(
@@ -204,6 +211,8 @@ def train(
             steps=data.plan.steps,
             epochs=config.epochs,
             announce=checkpointing.announce,
+            status=status,
+            timeout_s=checkpointing.timeout_s,
         )
     first = First(communicator, rows, local, data, validation, begin, status, report)
     last = Last(communicator, first, callbacks, data.plan, saver, status)

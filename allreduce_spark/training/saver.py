@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from allreduce_spark.checkpoint.shares import ShareWriter
 from allreduce_spark.communicator.base import Communicator, ReduceOp
 from allreduce_spark.config import Checkpoint
 from allreduce_spark.errors import CheckpointError
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.state import Position, RankState
 
@@ -96,7 +98,9 @@ class Saver:
         begin: Where the training begins.
         steps: Of one epoch.
         epochs: Index of the last epoch, plus one.
-        announce: Called by a thread with "saved" or "save_failed", and what there is to say.
+        announce: Called by a thread with "saved" or "save_failed", and what there is to say. It returns when the store has it.
+        status: Told when the training waits for that.
+        timeout_s: How long it does.
     """
 
     def __init__(
@@ -111,9 +115,12 @@ class Saver:
         steps: int,
         epochs: int,
         announce: Callable[[str, dict[str, Any]], None],
+        status: StatusPage,
+        timeout_s: float,
     ) -> None:
         self._config, self._state, self._writer, self._communicator = config, state, writer, communicator
         self._local, self._steps, self._epochs, self._announce = local, steps, epochs, announce
+        self._status, self._timeout_s = status, timeout_s
         self._schedule = Schedule(config, time.monotonic(), self._taken(begin))
         self._countdown, self._cost_s = 1, 0.0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -135,14 +142,15 @@ class Saver:
         """
         is_end = has_stopped or position.epoch >= self._epochs
         must = must or self._config.keep_best is not None or (is_end and self._config.path is not None)
-        if must and self._writing:
-            self._writing.result()
+        if must:
+            self._await_writing()
         self._decide(position, logs, must=must)
 
     def close(self) -> None:
         """Wait until what was saved last is written and announced."""
-        self._is_busy(wait=True)
-        self._thread.shutdown()
+        self._await_writing()
+        self._is_busy()
+        self._thread.shutdown(wait=False)
 
     def _decide(self, position: Position, logs: Mapping[str, Any], *, must: bool = False) -> None:
         """Ask the root, and whether all ranks have written down the one before."""
@@ -182,8 +190,22 @@ class Saver:
         # On a machine without a free core, the training has to wait for this too.
         self._cost_s += time.thread_time() - began
 
-    def _is_busy(self, *, wait: bool = False) -> bool:
-        if self._writing and (wait or self._writing.done()):
+    def _await_writing(self) -> None:
+        """Wait until what was saved last is where it belongs, `timeout_s` at most."""
+        if self._writing is None or self._writing.done():
+            return
+        phase, epoch, step = self._status.read()
+        self._status.write(Phase.CHECKPOINT, epoch, step)
+        if not wait([self._writing], self._timeout_s).done:
+            _log.warning(
+                "The training has waited %g s for the last checkpoint to come to its store, and goes on without it. "
+                "Setting: Timeouts.checkpoint_s",
+                self._timeout_s,
+            )
+        self._status.write(phase, epoch, step)
+
+    def _is_busy(self) -> bool:
+        if self._writing and self._writing.done():
             self._writing.result()  # whatever went wrong there is to be seen
             self._writing = None
         return self._writing is not None

@@ -9,9 +9,24 @@ from collections.abc import Iterator
 import numpy as np
 
 from allreduce_spark.communicator.base import Communicator, GraphCollectives, ReduceOp
+from allreduce_spark.errors import CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
 
-__all__ = ["WatchedCommunicator"]
+__all__ = ["WatchedCommunicator", "limited_by"]
+
+
+@contextlib.contextmanager
+def limited_by(*settings: str) -> Iterator[None]:
+    """Let a collective that takes too long name the `Timeouts` that limit it: a communicator knows nothing of settings.
+
+    Raises:
+        CollectiveTimeoutError: The same, and which settings to change.
+    """
+    try:
+        yield
+    except CollectiveTimeoutError as error:
+        names = " or ".join(f"Timeouts.{name}" for name in settings)
+        raise CollectiveTimeoutError(f"{error}. If the ranks are only slow, raise {names}") from error
 
 
 class WatchedCommunicator:
@@ -24,20 +39,20 @@ class WatchedCommunicator:
         self.graph: GraphCollectives | None = communicator.graph
 
     def allreduce(self, buffer: np.ndarray, op: ReduceOp = ReduceOp.SUM, *, timeout_s: float | None = None) -> None:
-        with self._waiting():
-            self._communicator.allreduce(buffer, op, timeout_s=self._deadline(timeout_s))
+        with self._waiting(timeout_s) as limit_s:
+            self._communicator.allreduce(buffer, op, timeout_s=limit_s)
 
     def broadcast(self, buffer: np.ndarray, root: int = 0, *, timeout_s: float | None = None) -> None:
-        with self._waiting():
-            self._communicator.broadcast(buffer, root, timeout_s=self._deadline(timeout_s))
+        with self._waiting(timeout_s) as limit_s:
+            self._communicator.broadcast(buffer, root, timeout_s=limit_s)
 
     def allgather(self, buffer: np.ndarray, *, timeout_s: float | None = None) -> list[np.ndarray]:
-        with self._waiting():
-            return self._communicator.allgather(buffer, timeout_s=self._deadline(timeout_s))
+        with self._waiting(timeout_s) as limit_s:
+            return self._communicator.allgather(buffer, timeout_s=limit_s)
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
-        with self._waiting():
-            self._communicator.barrier(timeout_s=self._deadline(timeout_s))
+        with self._waiting(timeout_s) as limit_s:
+            self._communicator.barrier(timeout_s=limit_s)
 
     def abort(self, reason: str) -> None:
         self._communicator.abort(reason)
@@ -45,15 +60,17 @@ class WatchedCommunicator:
     def close(self) -> None:
         self._communicator.close()
 
-    def _deadline(self, timeout_s: float | None) -> float:
-        return self.timeout_s if timeout_s is None else timeout_s
-
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, timeout_s: float | None) -> Iterator[float]:
+        """Yield the deadline of a collective."""
         began = time.perf_counter()
         self._status.write_waiting(True, self._waited_s)
         try:
-            yield
+            if timeout_s is not None:
+                yield timeout_s
+                return
+            with limited_by("collective_s"):
+                yield self.timeout_s
         finally:
             self._waited_s += time.perf_counter() - began
             self._status.write_waiting(False, self._waited_s)

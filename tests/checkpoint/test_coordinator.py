@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.checkpoint.manifest import Checksum, checkpoint_id, share_name
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint
+from allreduce_spark.errors import ConfigError
 
 FINGERPRINT = Fingerprint(
     model="digest",
@@ -142,6 +144,21 @@ def test_a_store_that_fails_costs_a_warning_and_not_the_training(store, tmp_path
     assert coordinator.newest is None
     assert "Training goes on" in caplog.text
     coordinator.close()
+
+
+def test_a_store_that_hangs_is_waited_for_until_its_time_is_over(store, tmp_path, monkeypatch, caplog):
+    answers = threading.Event()
+    monkeypatch.setattr(store, "commit", lambda manifest: answers.wait(30))
+    coordinator = Coordinator(Checkpoint(store.path), store, timeout_s=0.2)
+    coordinator.describe(FINGERPRINT)
+    coordinator.resume([(), ()])
+    for rank in (0, 1):
+        coordinator.note(rank, bring(store, tmp_path, 5, rank))
+    with pytest.raises(ConfigError, match=r"has not answered for 0.2 s. Setting: Timeouts.checkpoint_s"):
+        coordinator.fall_back()
+    coordinator.close()
+    assert "within 0.2 s, and may be missing there. Setting: Timeouts.checkpoint_s" in caplog.text
+    answers.set()
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_before_another_stage(store, tmp_path, caplog):

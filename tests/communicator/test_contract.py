@@ -154,7 +154,7 @@ def test_a_silent_rank_makes_the_others_fail_instead_of_hang(doomed_ranks):
     for outcome in outcomes:
         assert outcome.error == "CollectiveTimeoutError"
         assert 0.4 < outcome.took_s < 3
-        for words in ("allreduce(sum) float32 [3]", "12 bytes", "0.5", f"{silent}", "Timeouts.collective_s"):
+        for words in ("allreduce(sum) float32 [3]", "12 bytes", "0.5", f"{silent}"):
             assert words in outcome.message
 
 

@@ -24,7 +24,16 @@ from allreduce_spark.rendezvous.protocol import Phase
 
 NOW = 10_000.0
 TIMEOUTS = Timeouts(
-    start_s=10, spool_s=20, import_s=30, init_s=40, step_s=50, result_s=60, teardown_s=70, heartbeat_s=1, silence_s=5
+    start_s=10,
+    spool_s=20,
+    import_s=30,
+    init_s=40,
+    step_s=50,
+    checkpoint_s=55,
+    result_s=60,
+    teardown_s=70,
+    heartbeat_s=1,
+    silence_s=5,
 )
 
 
@@ -134,6 +143,14 @@ def test_a_rank_that_does_not_go_on_is_named_with_phase_and_setting(phase, setti
     assert f"'{phase.value}'" in failure.cause
     assert (failure.rank, failure.host, failure.phase) == (0, "host0", phase.value)
     assert failure.step == (7 if phase.has_step else None)
+
+
+def test_a_rank_that_waits_for_a_checkpoint_has_time_to_give_it_up_by_itself():
+    assert late(station(0, Phase.CHECKPOINT, since=55 + 4, step=7)) is None
+    failure = late(station(0, Phase.CHECKPOINT, since=55 + 6, step=7))
+    assert failure is not None
+    assert "Timeouts.checkpoint_s" in failure.cause
+    assert (failure.phase, failure.step) == ("checkpoint", 7)
 
 
 def test_every_setting_that_an_error_names_exists():

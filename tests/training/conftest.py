@@ -135,7 +135,7 @@ def fit_ranks(tmp_path):
                     seed_states=[],
                     status=StatusPage(folder / f"status{rank}"),
                     report=None,
-                    checkpointing=Checkpointing(folder / f"scratch{rank}", checkpoint, resume, announce),
+                    checkpointing=Checkpointing(folder / f"scratch{rank}", checkpoint, resume, announce, 60.0),
                 )
             except BaseException as error:
                 traceback.print_exc()

@@ -13,6 +13,8 @@ from allreduce_spark.checkpoint.shares import ShareWriter
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.errors import CheckpointError
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training import saver
 from allreduce_spark.training.saver import Saver, Schedule
 from allreduce_spark.training.state import Position
@@ -82,7 +84,7 @@ def save_alone(tmp_path):
     announced = []
     (alone,) = LocalGroup(1, timeout_s=10).communicators
 
-    def make(config=Checkpoint(every_steps=1), writer=None, epochs=2):  # noqa: B008
+    def make(config=Checkpoint(every_steps=1), writer=None, epochs=2, timeout_s=30.0, announce=None):  # noqa: B008
         writer = writer or ShareWriter(tmp_path, 0)
         rank_saver = Saver(
             config,
@@ -93,7 +95,9 @@ def save_alone(tmp_path):
             begin=Position(),
             steps=10,
             epochs=epochs,
-            announce=lambda kind, fields: announced.append((kind, fields)),
+            announce=announce or (lambda kind, fields: announced.append((kind, fields))),
+            status=StatusPage(tmp_path / "status"),
+            timeout_s=timeout_s,
         )
         return rank_saver, announced, tmp_path
 
@@ -104,12 +108,12 @@ def test_what_is_announced_is_on_disk_and_the_newest_two_stay(save_alone):
     rank_saver, announced, folder = save_alone()
     for step in range(1, 5):
         rank_saver.after_step(Position(0, step))
-        rank_saver._is_busy(wait=True)
+        rank_saver._await_writing()
     rank_saver.close()
     assert [(kind, fields["id"], fields["step"]) for kind, fields in announced] == [
         ("saved", f"000000-0000000{step}", step) for step in range(1, 5)
     ]
-    left = sorted(path.name for path in folder.glob("*") if not path.name.startswith("spare"))
+    left = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("spare"))
     assert [name.split(".")[0] for name in left] == ["000000-00000003", "000000-00000004"]
     assert announced[-1][1]["file"] == str(folder / left[-1])
     assert announced[-1][1]["bytes"] == (folder / left[-1]).stat().st_size
@@ -134,7 +138,7 @@ def test_a_step_never_waits_for_the_disk_and_none_is_begun_before_the_last_is_wr
         rank_saver.after_step(Position(0, step))
     assert announced == []
     writer.may_write.set()
-    rank_saver._is_busy(wait=True)
+    rank_saver._await_writing()
     rank_saver.after_step(Position(0, 5))
     rank_saver.close()
     assert [fields["step"] for _, fields in announced] == [1, 5]
@@ -156,11 +160,34 @@ def test_a_full_disk_is_a_warning_and_the_training_goes_on(save_alone, tmp_path,
     rank_saver, announced, _ = save_alone(writer=Full(tmp_path, 0))
     for step in range(1, 4):
         rank_saver.after_step(Position(0, step))
-        rank_saver._is_busy(wait=True)
+        rank_saver._await_writing()
     rank_saver.close()
     assert [kind for kind, _ in announced] == ["saved", "save_failed", "saved"]
     assert announced[1][1] == {"id": "000000-00000002", "cause": "no space left on device"}
     assert "000000-00000002 could not be saved; training goes on" in caplog.text
+
+
+def test_a_store_that_hangs_costs_its_time_and_a_warning_and_the_training_goes_on(save_alone, caplog):
+    answers, waits = threading.Event(), []
+
+    def announce(kind, fields):
+        waits.append(fields["epoch"])
+        assert answers.wait(30)
+
+    rank_saver, _, folder = save_alone(Checkpoint(every_s=1000.0, keep_best="loss"), timeout_s=0.3, announce=announce)
+    status = StatusPage(folder / "status")
+    status.write(Phase.TRAIN, 0, 9)
+    rank_saver.after_epoch(Position(1), {"loss": 0.5}, has_stopped=False)
+    closing = threading.Thread(target=rank_saver.close)
+    closing.start()
+    while status.read() != (Phase.CHECKPOINT, 0, 9):
+        assert closing.is_alive(), "the driver does not learn what is waited for"
+    closing.join(30)
+    assert "waited 0.3 s for the last checkpoint" in caplog.text
+    assert "Timeouts.checkpoint_s" in caplog.text
+    assert status.read() == (Phase.TRAIN, 0, 9)
+    answers.set()
+    assert waits == [1]
 
 
 def test_a_failure_to_tell_the_agent_is_not_swallowed(save_alone):

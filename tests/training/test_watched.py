@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.errors import CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
-from allreduce_spark.training.watched import WatchedCommunicator
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by
 
 
 def test_a_rank_is_seen_to_wait_and_the_one_that_is_waited_for_is_not(tmp_path: Path) -> None:
@@ -46,3 +49,14 @@ def test_a_rank_is_seen_to_wait_and_the_one_that_is_waited_for_is_not(tmp_path: 
     assert not waited[0]
     assert not came_late[0]
     assert waited[1] > came_late[1] + 0.1
+
+
+def test_a_collective_that_takes_too_long_names_the_setting_that_limits_it(tmp_path: Path) -> None:
+    def error_of(**deadline: float) -> str:
+        watched = WatchedCommunicator(LocalGroup(2, timeout_s=0.1).communicators[0], StatusPage(tmp_path / "status"))
+        with pytest.raises(CollectiveTimeoutError) as caught, limited_by("result_s") if deadline else nullcontext():
+            watched.barrier(**deadline)
+        return str(caught.value)
+
+    assert error_of().endswith("rank 1 in barrier(). If the ranks are only slow, raise Timeouts.collective_s")
+    assert error_of(timeout_s=0.2).endswith("rank 1 in barrier(). If the ranks are only slow, raise Timeouts.result_s")
