@@ -61,14 +61,16 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
             "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
             "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
         )
-    deadline = context.startTime / 1000 + timeouts.slots_s  # a Unix time, as startTime is
+    age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
+    started, wait_s = time.monotonic(), 0.0 if _is_local(context) else timeouts.slots_s - age_s
     wanted = num_ranks or 1
-    while (slots := count_slots(context)) < wanted and not _is_local(context) and time.time() < deadline:
+    while (slots := count_slots(context)) < wanted and time.monotonic() - started < wait_s:
         time.sleep(POLL_S)
     if slots < wanted:
+        waited = f", {timeouts.slots_s:g} s after it began (Timeouts.slots_s)" if wait_s > 0 else ""
         executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if _is_local(context) else 1)
         raise ConfigError(
-            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots} (master "
+            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots}{waited} (master "
             f"{context.master}, {executors} executors, spark.task.cpus={settings.get('spark.task.cpus', '1')}). A barrier "
             f"stage starts all its ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
         )

@@ -87,7 +87,9 @@ def run_stage(
             on_wait()
             if job.ended:
                 rendezvous.fail(_failure_of_job(job.error))
-            elif time.monotonic() < give_up_at and queue.is_waiting():
+            elif others := queue.others():
+                if time.monotonic() > give_up_at and rendezvous.wait_for_departure(0):  # no agent is there either
+                    rendezvous.fail(_failure_of_queue(others, task.timeouts))
                 rendezvous.begin_start()
     except BaseException as interruption:
         rendezvous.fail(Failure("Interrupted", f"interrupted on the driver: {type(interruption).__name__}"))
@@ -168,19 +170,22 @@ class _Queue:
         self._tracker, self._tag = context._jsc.sc().statusTracker(), tag
         self._look_at, self._started = time.monotonic(), False
 
-    def is_waiting(self) -> bool:
-        """Whether it waits, as far as is known by now: Spark is asked now and then, until the stage has started."""
-        if self._started or time.monotonic() < self._look_at:
-            return False
-        self._look_at = time.monotonic() + LOOK_S
-        running = {stage for stage in self._tracker.getActiveStageIds() if self._has_tasks(stage)}
-        barrier = self._barrier_stage()
-        self._started = barrier in running
-        return bool(running) and not self._started
+    def others(self) -> dict[int, str]:
+        """The stages that it waits for, and their names, as far as is known by now.
 
-    def _has_tasks(self, stage: int) -> bool:
-        info = self._tracker.getStageInfo(stage)
-        return bool(info.isDefined() and info.get().numActiveTasks())
+        Spark is asked now and then, until the barrier stage has started.
+        """
+        if self._started or time.monotonic() < self._look_at:
+            return {}
+        self._look_at = time.monotonic() + LOOK_S
+        infos = [self._tracker.getStageInfo(stage) for stage in self._tracker.getActiveStageIds()]
+        running = {
+            info.get().stageId(): str(info.get().name())
+            for info in infos
+            if info.isDefined() and info.get().numActiveTasks()
+        }
+        self._started = self._barrier_stage() in running
+        return {} if self._started else running
 
     def _barrier_stage(self) -> int | None:
         """The last one of its job; None where Spark does not know the job yet."""
@@ -205,6 +210,17 @@ def _failure_of_job(error: Exception | None) -> Failure:
     died = re.search(rf"Python worker exited unexpectedly|ExecutorLostFailure|{_DRIVER_IS_GONE}", text) is not None
     return Failure(
         "SparkJobFailed", f"the Spark job failed: {text}", phase=Phase.SPOOL.value, consequence=died, stage_lost=died
+    )
+
+
+def _failure_of_queue(others: dict[int, str], timeouts: Timeouts) -> Failure:
+    """What it means that the barrier stage has not started because tasks of other stages run."""
+    named = ", ".join(f"{stage} ({name})" for stage, name in sorted(others.items()))
+    return Failure(
+        "RendezvousTimeoutError",
+        f"the barrier stage waited {timeouts.spool_s:.0f} s for the tasks of Spark's stages {named}: they make its rows, or "
+        "have the slots that it needs. Setting: Timeouts.spool_s",
+        phase=Phase.START.value,
     )
 
 
