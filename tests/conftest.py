@@ -63,12 +63,16 @@ def shows_key() -> Callable[[bytes, str | bytes], bool]:
 
     def shows(key: bytes, text: str | bytes) -> bool:
         data = text.encode(errors="surrogatepass") if isinstance(text, str) else text
-        forms = [key, key.hex().encode(), key.hex().upper().encode(), repr(key)[2:-1].encode()]
-        forms += [
-            base64.b64encode(key).rstrip(b"="),
-            base64.urlsafe_b64encode(key).rstrip(b"="),
+        forms = [
+            key,
+            key.hex().encode(),
+            key.hex().upper().encode(),
+            repr(key)[2:-1].encode(),
             repr(list(key)).encode(),
         ]
+        for start in range(3):  # what base64 makes of it depends on how many bytes come before
+            whole = key[start : start + (len(key) - start) // 3 * 3]
+            forms += [base64.b64encode(whole), base64.urlsafe_b64encode(whole)]
         return any(form in data for form in forms)
 
     return shows
