@@ -1,13 +1,19 @@
-"""The settings survive their way to the ranks, whatever kind of number they were given as."""
+"""The settings survive their way to the ranks, whatever kind of number they were given as; and deadlines are written down."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from allreduce_spark.config import FitConfig
+from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.rendezvous.protocol import Phase
+
+ARCHITECTURE = Path(__file__).parents[1] / "ARCHITECTURE.md"
 
 CONFIGS = {
     "defaults": FitConfig(),
@@ -24,3 +30,9 @@ CONFIGS = {
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_settings_come_back_from_json_as_they_were(config):
     assert FitConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_every_deadline_and_every_phase_is_in_the_table_of_architecture():
+    rows = re.findall(r"^\| ([^|]+) \| `(\w+)` \| (\d+) s \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    assert {setting: float(default) for _, setting, default in rows} == dataclasses.asdict(Timeouts())
+    assert {phase.value for phase in Phase} <= {phase for phases, _, _ in rows for phase in phases.split(", ")}

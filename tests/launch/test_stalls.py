@@ -1,7 +1,4 @@
-"""Whatever stops, nobody waits for it longer than its setting says, and the error names it: real processes, stopped by SIGSTOP.
-
-The names of the tests are those of ARCHITECTURE.md's table of deadlines, where it says by what a phase was made to stall.
-"""
+"""Whatever stops, nobody waits for it longer than its setting says, and the error names it: real processes, and SIGSTOP."""
 
 from __future__ import annotations
 
