@@ -80,8 +80,10 @@ def main() -> None:
         checkpoint=Checkpoint(str(folder / "store"), every_steps=2),
         verbose=2,
     )
-    show(key, session, folder)
+    (folder / "trained").touch()
     wait_for(folder / "looked again")
+    show(key, session, folder)
+    wait_for(folder / "looked at last")
 
 
 def show(key: bytes, session: SparkSession, folder: Path) -> None:
