@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 
 from allreduce_spark import SparkModel
 from allreduce_spark.errors import AllReduceSparkError, ConfigError, DataError
-from allreduce_spark.rendezvous import group, server
+from allreduce_spark.rendezvous import controller, group
 
 pytestmark = [pytest.mark.spark, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -491,7 +491,7 @@ def let_go(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         formed.append(arguments)
         return group.form_group(*arguments)
 
-    monkeypatch.setattr(server, "form_group", form_group)
+    monkeypatch.setattr(controller, "form_group", form_group)
     return formed
 
 

@@ -18,7 +18,7 @@ from pyspark.sql import SparkSession
 from allreduce_spark import Checkpoint
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.rendezvous import group, server
+from allreduce_spark.rendezvous import controller, group
 from allreduce_spark.spark.adapters import to_labeled_point, to_matrix, to_vector
 from allreduce_spark.spark.mllib import SparkMLlibModel
 
@@ -150,7 +150,7 @@ def test_what_cannot_be_fitted_is_refused_before_any_rank_starts(
     name: str, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formed: list[Any] = []
-    monkeypatch.setattr(server, "form_group", lambda *args: formed.append(args) or group.form_group(*args))
+    monkeypatch.setattr(controller, "form_group", lambda *args: formed.append(args) or group.form_group(*args))
     data, arguments, kind, says = BAD_FITS[name]
     arguments = {"categorical": True, "verbose": 0} | {
         key: value(spark) if callable(value) else value for key, value in arguments.items()
