@@ -10,13 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from allreduce_spark.communicator.base import Communicator, ReduceOp
     from allreduce_spark.config import Checkpoint, Timeouts
     from allreduce_spark.errors import AllReduceSparkError
     from allreduce_spark.spark.ml.estimator import AllReduceEstimator
     from allreduce_spark.spark.ml.transformer import AllReduceTransformer
     from allreduce_spark.spark.mllib import SparkMLlibModel
     from allreduce_spark.spark.model import SparkModel
+    from allreduce_spark.spark.run import run
     from allreduce_spark.spark.tuning.search import search
+    from allreduce_spark.training.loops import DistributedOptimizer, broadcast, shard_dataset
 
 __version__ = "0.1.0"
 
@@ -25,11 +28,17 @@ __all__ = [
     "AllReduceSparkError",
     "AllReduceTransformer",
     "Checkpoint",
+    "Communicator",
+    "DistributedOptimizer",
+    "ReduceOp",
     "SparkMLlibModel",
     "SparkModel",
     "Timeouts",
     "__version__",
+    "broadcast",
+    "run",
     "search",
+    "shard_dataset",
 ]
 
 _HOME_OF = {
@@ -37,10 +46,16 @@ _HOME_OF = {
     "AllReduceSparkError": "allreduce_spark.errors",
     "AllReduceTransformer": "allreduce_spark.spark.ml.transformer",
     "Checkpoint": "allreduce_spark.config",
+    "Communicator": "allreduce_spark.communicator.base",
+    "DistributedOptimizer": "allreduce_spark.training.loops",
+    "ReduceOp": "allreduce_spark.communicator.base",
     "SparkMLlibModel": "allreduce_spark.spark.mllib",
     "SparkModel": "allreduce_spark.spark.model",
     "Timeouts": "allreduce_spark.config",
+    "broadcast": "allreduce_spark.training.loops",
+    "run": "allreduce_spark.spark.run",
     "search": "allreduce_spark.spark.tuning.search",
+    "shard_dataset": "allreduce_spark.training.loops",
 }
 
 

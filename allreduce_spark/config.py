@@ -28,6 +28,7 @@ class Timeouts:
         import_s: Importing TensorFlow and loading the model, in every rank.
         init_s: Opening the communicator.
         step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.
+        function_s: For a function of the user's own (`run`), from one collective to the next.
         stall_warning_s: A rank that takes longer than this for one step is named in the log, with what its code is doing.
         collective_s: One rank waiting for the others in one collective.
         checkpoint_s: Bringing a checkpoint to its store. Training goes on meanwhile, and waits for it at the end of some epochs
@@ -44,6 +45,7 @@ class Timeouts:
     import_s: float = 300.0
     init_s: float = 120.0
     step_s: float = 1800.0
+    function_s: float = 86400.0
     stall_warning_s: float = 60.0
     collective_s: float = 1800.0
     checkpoint_s: float = 600.0

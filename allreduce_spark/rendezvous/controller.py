@@ -49,7 +49,7 @@ class Hooks:
         resume: Called with all `Join`s each time before ranks start; returns what they are to go on from, for every agent, or
             None for the beginning.
         on_progress: Called with each progress report of the root and each change of phase.
-        on_result: Called with each piece of the root's result, in order.
+        on_result: Called with a rank, and each piece of its result, in order.
         on_saved: Called with a rank, and what it says of a checkpoint.
         on_restart: Called with the cause, before the ranks are started again: the pieces of a result that have come count no
             more.
@@ -58,7 +58,7 @@ class Hooks:
     approve: Callable[[Sequence[Join]], dict[str, Any]]
     resume: Callable[[Sequence[Join]], dict[str, Any] | None] = lambda joins: None
     on_progress: Callable[[dict[str, Any]], object] = lambda fields: None
-    on_result: Callable[[bytes], object] = lambda piece: None
+    on_result: Callable[[int, bytes], object] = lambda rank, piece: None
     on_saved: Callable[[int, dict[str, Any]], object] = lambda rank, fields: None
     on_restart: Callable[[Failure], object] = lambda cause: None
 
@@ -309,9 +309,8 @@ class Controller:
             self._call(self._hooks.on_progress, fields)
 
     def _on_result(self, station: Station, body: bytes) -> None:
-        if station.rank == 0:
-            self._move(station, Phase.RESULT)  # A heartbeat that says so may have to wait until all pieces are sent.
-            self._call(self._hooks.on_result, body)
+        self._move(station, Phase.RESULT)  # A heartbeat that says so may have to wait until all pieces are sent.
+        self._call(self._hooks.on_result, station.rank, body)
 
     def _on_saved(self, station: Station, body: bytes, **fields: Any) -> None:
         self._call(self._hooks.on_saved, station.rank, fields)

@@ -215,6 +215,7 @@ _SETTING_OF_PHASE = {
     Phase.TRAIN: "step_s",
     Phase.VALIDATE: "step_s",
     Phase.CHECKPOINT: "checkpoint_s",
+    Phase.FUNCTION: "function_s",
     Phase.RESULT: "result_s",
     Phase.TEARDOWN: "teardown_s",
 }
@@ -268,7 +269,7 @@ def laggards(stations: Sequence[Station]) -> list[Station]:
 
 def stalled_for_long(stations: Sequence[Station], now: float, timeouts: Timeouts) -> list[Station]:
     """The ranks that are to be named in the log, because they are in the midst of steps and none of them goes on."""
-    last = [station for station in laggards(stations) if station.phase.has_step]
+    last = [station for station in laggards(stations) if station.phase.has_step and station.phase is not Phase.FUNCTION]
     if not last or now - max(station.changed_at for station in last) <= timeouts.stall_warning_s:
         return []
     return [station for station in last if not station.warned]

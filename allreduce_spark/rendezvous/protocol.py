@@ -66,13 +66,14 @@ class Phase(str, Enum):
     TRAIN = "train"
     VALIDATE = "validate"
     CHECKPOINT = "checkpoint"
+    FUNCTION = "function"
     RESULT = "result"
     TEARDOWN = "teardown"
 
     @property
     def has_step(self) -> bool:
-        """Whether a rank in this phase is at some optimizer step."""
-        return self in (Phase.FIRST_STEP, Phase.TRAIN, Phase.VALIDATE, Phase.CHECKPOINT)
+        """Whether a rank in this phase is at some optimizer step; in a function of the user's own, at some collective."""
+        return self in (Phase.FIRST_STEP, Phase.TRAIN, Phase.VALIDATE, Phase.CHECKPOINT, Phase.FUNCTION)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def noted_stage(times: dict[str, float]) -> Iterator[None]:
         finally:
             times["stage ended"] = time.monotonic()
 
-    with mock.patch("allreduce_spark.spark.fit.run_stage", noted):
+    with mock.patch("allreduce_spark.spark.ranks.run_stage", noted):
         yield
 
 

@@ -132,7 +132,7 @@ class Fit:
             text=True,
         )
 
-    def _keep(self, piece: bytes) -> None:
+    def _keep(self, rank: int, piece: bytes) -> None:
         self.result += piece
 
     def end(self) -> Failure | None:

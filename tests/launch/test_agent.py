@@ -58,7 +58,7 @@ def test_a_rank_without_rows_takes_part(clean_fit):
 def test_a_result_that_takes_longer_than_silence_and_teardown_arrives(clean_fit):
     clean_fit.start(
         "has_a_large_result 40",
-        on_result=lambda piece: (clean_fit._keep(piece), time.sleep(0.1)),
+        on_result=lambda rank, piece: (clean_fit._keep(rank, piece), time.sleep(0.1)),
         timeouts=Timeouts(heartbeat_s=0.05, silence_s=2, teardown_s=1),
     )
     assert clean_fit.end() is None
@@ -345,7 +345,7 @@ def test_a_second_attempt_of_the_stage_ends_at_once_and_disturbs_nobody(clean_fi
 
 
 def test_a_result_that_nobody_can_keep_any_more_is_not_sent_to_its_end(clean_fit):
-    def full_disk(piece: bytes) -> None:
+    def full_disk(rank: int, piece: bytes) -> None:
         raise OSError(28, "No space left on device")
 
     clean_fit.start("has_a_large_result 200", on_result=full_disk)

@@ -68,7 +68,7 @@ class Meeting:
         self.num_ranks = num_ranks
         self.address = self.rendezvous.start("127.0.0.1")
 
-    def _keep(self, piece: bytes) -> None:
+    def _keep(self, rank: int, piece: bytes) -> None:
         self.result += piece
 
     def agent(self, rank: int) -> FakeAgent:

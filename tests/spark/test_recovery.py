@@ -27,7 +27,7 @@ from pyspark.sql import SparkSession
 from allreduce_spark import Checkpoint, Timeouts
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.errors import RankFailedError
-from allreduce_spark.spark import fit as fit_module
+from allreduce_spark.spark import ranks
 
 pytestmark = pytest.mark.spark
 
@@ -128,8 +128,8 @@ def test_a_fit_that_begins_with_one_rank_grows_at_the_end_of_an_epoch(
 ) -> None:
     """Slots that come back, as far as one machine can have it: the first answer is that there is one."""
     answers = iter([1])
-    wait_for_slots = fit_module.wait_for_slots
-    monkeypatch.setattr(fit_module, "wait_for_slots", lambda *them: next(answers, None) or wait_for_slots(*them))
+    wait_for_slots = ranks.wait_for_slots
+    monkeypatch.setattr(ranks, "wait_for_slots", lambda *them: next(answers, None) or wait_for_slots(*them))
     whole = fit(model=compiled(dropout=0), max_restarts=0)
     with caplog.at_level(logging.WARNING, "allreduce_spark"):
         grown = fit(

@@ -107,7 +107,7 @@ DEEDS = {
     "allreduce_spark.training.rank": hold_in_result,
     "allreduce_spark.launch.relay": hold_in_relay,
     "allreduce_spark.data.spool": hold_in_spool,
-    "allreduce_spark.spark.fit": hold_in_stage,
+    "allreduce_spark.spark.ranks": hold_in_stage,
     "allreduce_spark.rendezvous.client": pass_by_proxy,
 }
 

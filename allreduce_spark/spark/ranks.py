@@ -1,0 +1,183 @@
+"""Work for ranks, from the first barrier stage to the result: what a fit and a function of the user's own have in common.
+
+One stage does, unless machines are lost: then another one goes on with the slots that are left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from pyspark import RDD, SparkContext
+
+from allreduce_spark.checkpoint.coordinator import Coordinator
+from allreduce_spark.checkpoint.manifest import Manifest
+from allreduce_spark.config import Recovery, Timeouts
+from allreduce_spark.rendezvous.controller import Hooks
+from allreduce_spark.rendezvous.group import Failure, Join
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.recovery import Restarts, place_of
+from allreduce_spark.rendezvous.server import Rendezvous
+from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
+from allreduce_spark.spark.shards import shards_for
+from allreduce_spark.spark.stage import StageTask, error_of, run_stage
+
+__all__ = ["Spectator", "Work", "run_work"]
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 2.0  # at the slots
+
+
+class Spectator(Protocol):
+    """Whoever wants to see how the work goes on."""
+
+    def show_phase(self, phase: Phase) -> None: ...
+
+    def report(self, fields: dict[str, Any]) -> None:
+        """Progress; called in the rendezvous thread. What it raises ends the work.
+
+        An epoch ends once, also where ranks that were started again have trained it a second time.
+        """
+
+    def draw(self) -> None:
+        """Called many times a second, in the thread of the caller."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all barrier stages have in common.
+
+    Attributes:
+        shards: Pairs (number of the shard, block), one partition per shard.
+        num_shards: How many, and so ranks while no machine is lost.
+        files: For every rank, by name.
+        store: Where checkpoints are kept; None where they stay on the executors.
+        approve: See `Hooks`.
+        coordinator: Knows what another generation goes on from.
+        recovery: How much misfortune the work is to survive.
+        results: The folder where what rank r sends becomes the file `result-r`.
+        on_progress: See `Hooks`.
+    """
+
+    context: SparkContext
+    shards: RDD[tuple[int, bytes]]
+    num_shards: int
+    files: dict[str, bytes]
+    timeouts: Timeouts
+    store: str | None
+    approve: Callable[[Sequence[Join]], dict[str, Any]]
+    coordinator: Coordinator
+    recovery: Recovery
+    spectator: Spectator
+    results: Path
+    on_progress: Callable[[dict[str, Any]], None] = lambda fields: None
+
+
+def run_work(work: Work) -> None:
+    """Return once the work is done and its result is there.
+
+    Raises:
+        AllReduceSparkError, KeyboardInterrupt: What ended it.
+    """
+    least, restarts = work.recovery.min_ranks, Restarts(work.recovery.max_restarts)
+    num_ranks = work.num_shards
+    if least is not None:
+        num_ranks = wait_for_slots(work.context, work.num_shards, least, work.timeouts)
+    while (why := _run_stage(work, restarts, num_ranks)) is not None:
+        work.coordinator.fall_back()
+        num_ranks = wait_for_slots(work.context, work.num_shards, least or 1, work.timeouts)
+        log.warning(
+            "another barrier stage goes on from %s with %d of %d ranks: %s",
+            _place_of(work.coordinator.newest), num_ranks, work.num_shards, why,
+        )  # fmt: skip
+
+
+def _place_of(checkpoint: Manifest | None) -> str:
+    return f"epoch {checkpoint.epoch}, step {checkpoint.step}" if checkpoint else "the beginning"
+
+
+def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
+    """Bring up the rendezvous and run one barrier stage.
+
+    Returns:
+        Why another stage is to go on, for people; None where the work is done.
+    """
+    key = secrets.token_bytes(32)
+    listen_host, reachable_host = driver_addresses(work.context)
+    with contextlib.closing(_Results(work.results)) as results:
+        hooks = Hooks(
+            approve=work.approve,
+            resume=lambda joins: work.coordinator.resume([join.saved for join in joins]),
+            on_progress=work.on_progress,
+            on_result=results.write,
+            on_saved=work.coordinator.note,
+            on_restart=results.forget,
+        )
+        with contextlib.closing(Rendezvous(num_ranks, key, work.timeouts, hooks, restarts)) as rendezvous:
+            _, port = rendezvous.start(listen_host)
+            address = (reachable_host, port)
+            task = StageTask(num_ranks, work.num_shards, address, key, work.timeouts, work.files, work.store)
+            work.spectator.show_phase(Phase.START)
+            shards = shards_for(work.shards, work.num_shards, num_ranks)
+            watch = partial(_watch, work, rendezvous, _Slots(work, num_ranks))
+            failure = run_stage(work.context, shards, rendezvous, task, watch)
+    if failure is None:
+        return "there are slots for more ranks" if rendezvous.regroups else None
+    if not rendezvous.stage_is_lost:
+        raise error_of(failure)
+    refusal = restarts.refusal([failure], place_of(rendezvous.stations))
+    if refusal is not None:
+        raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
+    return failure.text
+
+
+class _Results:
+    """Writes down what ranks send, piece by piece."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[int, BinaryIO] = {}
+
+    def write(self, rank: int, piece: bytes) -> None:
+        if rank not in self._files:
+            self._files[rank] = (self._folder / f"result-{rank}").open("wb")
+        self._files[rank].write(piece)
+
+    def forget(self, cause: Failure) -> None:
+        for file in self._files.values():
+            file.seek(0)
+            file.truncate()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+class _Slots:
+    """Whether there are slots for more ranks than are at work: asked now and then, and only where that would be of use."""
+
+    def __init__(self, work: Work, num_ranks: int) -> None:
+        self._context, self._num_ranks, self._wanted = work.context, num_ranks, work.num_shards
+        self._look_at = time.monotonic() if num_ranks < self._wanted and work.store is not None else math.inf
+
+    def are_back(self) -> bool:
+        if time.monotonic() < self._look_at:
+            return False
+        self._look_at = time.monotonic() + LOOK_S
+        return min(count_slots(self._context), self._wanted) > self._num_ranks
+
+
+def _watch(work: Work, rendezvous: Rendezvous, slots: _Slots) -> None:
+    """Called many times a second while a stage runs."""
+    work.spectator.draw()
+    if slots.are_back():
+        rendezvous.regroup()

@@ -1,0 +1,92 @@
+"""`allreduce_spark.run`: any training function on barrier ranks, each with a communicator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import cloudpickle
+
+from allreduce_spark.checkpoint.coordinator import Coordinator
+from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_num_ranks
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
+from allreduce_spark.spark.ranks import Work, run_work
+from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.training.function import FunctionJob
+from allreduce_spark.training.job import pickle_objects
+
+__all__ = ["run"]
+
+
+def run(
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    num_ranks: int | None = None,
+    timeouts: Timeouts | None = None,
+    max_restarts: int = 0,
+    **kwargs: Any,
+) -> list[Any]:
+    """Call `function(communicator, *args, **kwargs)` once on every rank, all at the same time.
+
+    All ranks run or none does. If one fails, all are ended, and the first cause is raised here. What the function prints goes
+    to the logger "allreduce_spark.rank" on the driver.
+
+    Args:
+        function: Gets a `Communicator`, its rank's place among the others and its way to them; the rest is up to it. With
+            `DistributedOptimizer`, `broadcast` and `shard_dataset`, a loop for one process becomes one for many. It travels by
+            cloudpickle, as its arguments do.
+        num_ranks: How many ranks; None for as many as there are slots.
+        timeouts: Deadlines; `function_s` is that of the function.
+        max_restarts: How often in a row ranks may be started again where one has died. The function then begins anew: it is up
+            to it to go on from something that it has saved.
+
+    Returns:
+        What the function returned, in the order of the ranks.
+
+    Raises:
+        ConfigError: An argument cannot work, or what a rank returned cannot be sent.
+        RankFailedError: A rank raised, or died; names the first one.
+        CancelledError, KeyboardInterrupt: What ended the job.
+    """
+    if not callable(function):
+        raise ConfigError(f"run needs a function, got {function!r}.")
+    timeouts = timeouts or Timeouts()
+    call = pickle_objects((function, args, kwargs))
+    context = active_context()
+    wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
+    recovery = Recovery(max_restarts, min_ranks=wanted)
+    with scratch_folder() as folder, hold_slots(wanted, partial(count_slots, context)):
+        run_work(
+            Work(
+                context=context,
+                shards=context.parallelize([], wanted),
+                num_shards=wanted,
+                files=FunctionJob(call, timeouts).files(),
+                timeouts=timeouts,
+                store=None,
+                approve=lambda joins: {},
+                coordinator=Coordinator(Checkpoint()),
+                recovery=recovery,
+                spectator=_Nobody(),
+                results=folder,
+            )
+        )
+        return [cloudpickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(wanted)]
+
+
+class _Nobody:
+    """Looks at nothing: what there is to see is the function's own affair."""
+
+    def show_phase(self, phase: Phase) -> None:
+        pass
+
+    def report(self, fields: dict[str, Any]) -> None:
+        pass
+
+    def draw(self) -> None:
+        pass
