@@ -131,10 +131,13 @@ def disagree(communicator: Communicator) -> None:
         communicator.barrier()
 
 
-def test_a_rank_that_returns_while_another_one_waits_for_it_is_told_apart(undisturbed):
-    """Both are in a barrier then: the function's own, and the one behind it. The last one is alone, and is given up."""
-    with pytest.raises(RankFailedError, match=r"collective_s|function_s|waited"):
-        run(disagree, num_ranks=2, timeouts=Timeouts(function_s=2))
+def test_ranks_that_do_not_call_the_same_collectives_are_told_so(undisturbed):
+    """The barrier of the one is met by that which all ranks wait in when they have returned; then nothing fits any more."""
+    with pytest.raises(
+        RankFailedError,
+        match=r"do not agree on the next collective: rank 0 called close\(\); rank 1 called barrier\(\)",
+    ):
+        run(disagree, num_ranks=2)
 
 
 def wait_for_ever(communicator: Communicator) -> None:
