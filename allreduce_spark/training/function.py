@@ -19,7 +19,7 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.cores import use_cores
-from allreduce_spark.training.watched import WatchedCommunicator
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by
 from allreduce_spark.world import World
 
 __all__ = ["FunctionJob", "run_function"]
@@ -73,12 +73,14 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     status.write(Phase.INIT)
     world = World(**start.fields["membership"]["world"])
     # Another rank may still be importing when this one comes.
-    opened = open_mpi(world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    with limited_by("import_s", "init_s"):
+        opened = open_mpi(world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
     communicator = _CountingCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
     result = _pickled(function(communicator, *arguments, **named), function, world.rank)
-    communicator.barrier(timeout_s=job.timeouts.function_s)  # others may have much more to do
+    with limited_by("function_s"):
+        communicator.barrier(timeout_s=job.timeouts.function_s)  # others may have much more to do
     status.write(Phase.RESULT)
     (folder / "result").write_bytes(result)
     status.write(Phase.TEARDOWN)
@@ -105,8 +107,8 @@ class _CountingCommunicator(WatchedCommunicator):
         status.write(Phase.FUNCTION)
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        with super()._waiting():
-            yield
+    def _waiting(self, timeout_s: float | None) -> Iterator[float]:
+        with super()._waiting(timeout_s) as limit_s:
+            yield limit_s
         self._collectives += 1
         self._status.write(Phase.FUNCTION, 0, self._collectives)
