@@ -1,7 +1,6 @@
 """The driver's part of checkpoints: make one exist once all its shares are there, and say what ranks go on from.
 
-What ranks wait for is done in the thread of the rendezvous and without a look at the store, but for `begin`, when none has
-started: what else touches the store is done by a thread of its own.
+Its methods are called in the thread of the rendezvous and never wait: what touches the store is done by a thread of its own.
 """
 
 from __future__ import annotations
@@ -77,16 +76,15 @@ class Coordinator:
     def begin(self, fingerprint: Fingerprint) -> None:
         """Before the ranks of a barrier stage start, once all rows are known: they may go on from `newest`.
 
+        What is later than that does not count any more, and is forgotten before anything else is put into the store.
+
         Args:
             fingerprint: What the checkpoints of this fit are checkpoints of.
-
-        Raises:
-            ConfigError: The store cannot be read or changed.
         """
         self._fingerprint, self._num_shards = fingerprint.to_json(), len(fingerprint.rows)
         newest = self.newest
         if self._store is not None and newest is not None:
-            self._store.forget_later(newest.id)
+            self._work.put(partial(_forget_later, self._store, newest.id))
 
     def resume(self, saved: Sequence[Collection[str]]) -> dict[str, Any] | None:
         """What a new generation goes on from; what ranks of earlier ones say after this is not listened to.
@@ -181,6 +179,13 @@ class Coordinator:
             log.warning("checkpoint %s: %s. Training goes on.", manifest.id, error)
         except Exception:
             log.exception("checkpoint %s could not be kept. Training goes on.", manifest.id)
+
+
+def _forget_later(store: Store, newest: str) -> None:
+    try:
+        store.forget_later(newest)
+    except Exception:
+        log.exception("%s: what is later than checkpoint %s is still there. Training goes on.", store.path, newest)
 
 
 def _settle(future: Future[Manifest | None], work: Callable[[], Manifest | None]) -> None:

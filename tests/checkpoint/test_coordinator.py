@@ -150,7 +150,7 @@ def test_a_store_that_hangs_is_waited_for_until_its_time_is_over(store, tmp_path
     answers = threading.Event()
     monkeypatch.setattr(store, "commit", lambda manifest: answers.wait(30))
     coordinator = Coordinator(Checkpoint(store.path), store, timeout_s=0.2)
-    coordinator.describe(FINGERPRINT)
+    coordinator.begin(FINGERPRINT)
     coordinator.resume([(), ()])
     for rank in (0, 1):
         coordinator.note(rank, bring(store, tmp_path, 5, rank))
@@ -199,5 +199,25 @@ def test_damaged_ones_that_are_later_are_forgotten_once_the_fit_may_go_on(store,
     second = Coordinator(Checkpoint(store.path), store, resumed=store.checkpoints()[0])
     assert [manifest.step for manifest in store.checkpoints()] == [5, 6]
     second.begin(FINGERPRINT)
-    assert [manifest.step for manifest in store.checkpoints()] == [5]
     second.close()
+    assert [manifest.step for manifest in store.checkpoints()] == [5]
+
+
+def test_a_store_that_cannot_forget_costs_a_warning_and_not_the_training(store, tmp_path, monkeypatch, caplog):
+    first = begun(store)
+    for rank in (0, 1):
+        first.note(rank, bring(store, tmp_path, 5, rank))
+    first.close()
+
+    def refuse(newest):
+        raise ConfigError("the folder is read-only")
+
+    monkeypatch.setattr(store, "forget_later", refuse)
+    second = Coordinator(Checkpoint(store.path), store, resumed=store.checkpoints()[0])
+    second.begin(FINGERPRINT)
+    second.resume([(), ()])
+    for rank in (0, 1):
+        second.note(rank, bring(store, tmp_path, 6, rank))
+    second.close()
+    assert "the folder is read-only" in caplog.text
+    assert [manifest.step for manifest in store.checkpoints()] == [5, 6]
