@@ -57,7 +57,7 @@ class Meeting:
         self, num_ranks: int, timeouts: Timeouts, restarts: Restarts | None, **hooks: Callable[..., Any]
     ) -> None:
         self.progress: list[dict[str, Any]] = []
-        self.result = b""
+        self.results: dict[int, bytes] = {}
         self.agents: list[FakeAgent] = []
         defaults: dict[str, Callable[..., Any]] = {
             "approve": lambda joins: {"spec": None},
@@ -69,7 +69,7 @@ class Meeting:
         self.address = self.rendezvous.start("127.0.0.1")
 
     def _keep(self, rank: int, piece: bytes) -> None:
-        self.result += piece
+        self.results[rank] = self.results.get(rank, b"") + piece
 
     def agent(self, rank: int) -> FakeAgent:
         self.agents.append(FakeAgent(self.address, rank))

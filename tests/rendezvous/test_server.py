@@ -93,17 +93,17 @@ def test_the_fit_is_over_once_every_rank_is_done(meet):
     assert meeting.rendezvous.failure is None
 
 
-def test_a_large_result_of_the_root_arrives_whole_and_in_order(meet):
+def test_results_arrive_whole_and_in_order(meet):
     meeting = meet(2)
     zero, one = meeting.gather()
     pieces = [bytes([number]) * (1 << 20) for number in range(10)]
     for piece in pieces:
         zero.say("result", piece)
-    one.say("result", b"only the root has a result")
+    one.say("result", b"that of rank 1")
     one.say("done")
     zero.say("done")
     meeting.end()
-    assert meeting.result == b"".join(pieces)
+    assert meeting.results == {0: b"".join(pieces), 1: b"that of rank 1"}
 
 
 def test_a_root_that_sends_its_result_is_given_result_s_and_not_teardown_s(meet):
