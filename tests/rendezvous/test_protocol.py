@@ -234,5 +234,11 @@ def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
     assert not {"pickle", "_pickle", "cloudpickle", "shelve"} & set(json.loads(answer.stdout))
 
 
-def test_only_phases_with_batches_have_a_step():
-    assert [phase.value for phase in Phase if phase.has_step] == ["first step", "train", "validate"]
+def test_only_phases_in_the_midst_of_the_work_have_a_step():
+    assert [phase.value for phase in Phase if phase.has_step] == [
+        "first step",
+        "train",
+        "validate",
+        "checkpoint",
+        "function",
+    ]
