@@ -35,7 +35,6 @@ def main() -> None:
     failure = None
     try:
         # Here, not above: that this takes seconds is why it is done ahead, and it may fail.
-        from allreduce_spark.training.function import FunctionJob, run_function
         from allreduce_spark.training.rank import run_rank
     except BaseException as error:  # noqa: BLE001  # each rank reports it
         failure = error
@@ -48,11 +47,7 @@ def main() -> None:
     try:
         if failure is not None:
             raise failure
-        function = FunctionJob.read(arguments.folder)
-        if function is None:
-            run_rank(channel, arguments.folder, arguments.threads)
-        else:
-            run_function(function, channel, arguments.folder, arguments.threads)
+        run_rank(channel, arguments.folder, arguments.threads)
     except BaseException as error:  # noqa: BLE001  # everything is reported, and ends the process
         traceback.print_exc()
         with contextlib.suppress(OSError):

@@ -27,6 +27,7 @@ from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.cores import use_cores
+from allreduce_spark.training.function import FunctionJob, run_function
 from allreduce_spark.training.job import Job, check_arrival
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.loop import Loop, continue_logs
@@ -77,6 +78,10 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     Raises:
         Exception: Whatever goes wrong; the caller reports it. The communicator is then not to be used any more.
     """
+    function = FunctionJob.read(folder)
+    if function is not None:
+        run_function(function, channel, folder, threads)
+        return
     # Not above: MPI must not be loaded before a rank has been forked.
     from allreduce_spark.communicator.mpi import open_mpi
 

@@ -25,7 +25,7 @@ def main() -> None:
     fields = json.loads(sys.argv[1])
     pieces: list[int] = []
 
-    def keep(piece: bytes) -> None:
+    def keep(rank: int, piece: bytes) -> None:
         if fields["stops_itself"] and not pieces:
             os.kill(os.getpid(), signal.SIGSTOP)
         pieces.append(len(piece))
