@@ -89,13 +89,13 @@ def hold_in_stage(module):
 def pass_by_proxy(module):
     """Write down where the driver listens, and connect to the proxy instead where there is one."""
 
-    def go_round(self, address, key):
+    def go_round(self, address, *others):
         with contextlib.suppress(FileExistsError):
             said = FOLDER / f"driver-address.{os.getpid()}"
             said.write_text(json.dumps(address))
             os.replace(said, FOLDER / "driver-address")
         proxy = FOLDER / "proxy"
-        return (self, ("127.0.0.1", int(proxy.read_text())), key) if proxy.exists() else None
+        return (self, ("127.0.0.1", int(proxy.read_text())), *others) if proxy.exists() else None
 
     before(module.Connection, "__init__", go_round)
 
