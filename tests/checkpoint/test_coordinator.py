@@ -150,7 +150,7 @@ def test_a_store_that_hangs_is_waited_for_until_its_time_is_over(store, tmp_path
     answers = threading.Event()
     monkeypatch.setattr(store, "commit", lambda manifest: answers.wait(30))
     coordinator = Coordinator(Checkpoint(store.path), store, timeout_s=0.2)
-    coordinator.describe(FINGERPRINT)
+    coordinator.begin(FINGERPRINT)
     coordinator.resume([(), ()])
     for rank in (0, 1):
         coordinator.note(rank, bring(store, tmp_path, 5, rank))

@@ -235,4 +235,4 @@ def test_nothing_that_could_unpickle_is_imported_by_the_protocol():
 
 
 def test_only_phases_with_batches_have_a_step():
-    assert [phase.value for phase in Phase if phase.has_step] == ["first step", "train", "validate"]
+    assert [phase.value for phase in Phase if phase.has_step] == ["first step", "train", "validate", "checkpoint"]
