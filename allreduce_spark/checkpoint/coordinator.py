@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.checkpoint.manifest import File, Manifest
@@ -23,6 +23,7 @@ from allreduce_spark.errors import CheckpointError, ConfigError
 __all__ = ["Coordinator"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TRIES = 2  # of one local checkpoint without a newer one: it may be what ranks fail of
 
@@ -142,17 +143,10 @@ class Coordinator:
         Raises:
             ConfigError: The store cannot be read, or does not answer.
         """
-        if self._store is None:
-            return
-        latest: Future[Manifest | None] = Future()
-        self._work.put(partial(_settle, latest, self._store.latest))  # what is being committed comes first
-        if not wait([latest], self._timeout_s).done:
-            raise ConfigError(
-                f"the store of the checkpoints, {self._store.path!r}, has not answered for {self._timeout_s:g} s. "
-                "Setting: Timeouts.checkpoint_s"
-            )
-        with self._lock:
-            self._newest = latest.result()
+        if self._store is not None:
+            newest = self._ask(self._store.latest)
+            with self._lock:
+                self._newest = newest
 
     def close(self) -> None:
         """Wait until everything that was noted is in the store."""
@@ -164,6 +158,24 @@ class Coordinator:
                 "Setting: Timeouts.checkpoint_s",
                 self._timeout_s,
             )
+
+    def _ask(self, work: Callable[[], T]) -> T:
+        """Have the thread do it, after all that it was given before, and wait for what it returns or raises."""
+        answer: Future[T] = Future()
+
+        def settle() -> None:
+            try:
+                answer.set_result(work())
+            except Exception as error:  # noqa: BLE001  whoever asked gets it
+                answer.set_exception(error)
+
+        self._work.put(settle)
+        if not wait([answer], self._timeout_s).done:
+            raise ConfigError(
+                f"the store of the checkpoints, {self._settings.path!r}, has not answered for {self._timeout_s:g} s. "
+                "Setting: Timeouts.checkpoint_s"
+            )
+        return answer.result()
 
     def _do_work(self) -> None:
         while work := self._work.get():
@@ -186,11 +198,3 @@ def _forget_later(store: Store, newest: str) -> None:
         store.forget_later(newest)
     except Exception:
         log.exception("%s: what is later than checkpoint %s is still there. Training goes on.", store.path, newest)
-
-
-def _settle(future: Future[Manifest | None], work: Callable[[], Manifest | None]) -> None:
-    """Leave in the future what the work returns or raises."""
-    try:
-        future.set_result(work())
-    except Exception as error:  # noqa: BLE001  whoever waits for it sees it
-        future.set_exception(error)
