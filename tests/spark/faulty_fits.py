@@ -226,6 +226,7 @@ def main() -> None:
 
     wish = json.loads(sys.argv[1])
     folder = Path(wish["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
     deeds = {"driver": partial(os.kill, os.getpid(), signal.SIGKILL), "executor": kill_executor}
     faults = [Fault("train_batch_end", 1, deeds[wish["fault"]], 2, 2)] if wish.get("fault") else []
     session = SparkSession.builder.master(wish["master"]).config("spark.ui.enabled", "false").getOrCreate()
