@@ -4,8 +4,8 @@
 #     with_engine.sh COMMAND...
 #
 # To start one, be root on Debian: what it consists of is installed with apt-get. It is stopped when the command has ended,
-# and leaves no bridge and no firewall rule; its images stay. Where the base image of docker/Dockerfile cannot be pulled, the
-# same is made from Debian's packages, with the certificates in it that pip uses on this machine.
+# and leaves no bridge and no firewall rule; its images stay. Where the base image of docker/Dockerfile cannot be pulled, one
+# of its name is made from Debian's packages, in which pip trusts the certificates that this machine trusts.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -13,17 +13,22 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/allreduce_spark/docker
 work=$(mktemp --directory)
 engine=
 
-install_packages() {
+check_machine() {
     if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
         echo "No Docker engine with Compose answers here, and only root on Debian can start one: install and start Docker." >&2
         exit 1
     fi
+}
+
+install_packages() {
+    check_machine
     apt-get update --quiet --quiet
     DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends "$@" >/dev/null
 }
 
 # Compose 2 is younger than Debian 12, but the plugin of Debian 13 runs there.
 fetch_compose() {
+    check_machine
     local apt=(-o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root)
     mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$cache/cli-plugins"
@@ -63,7 +68,7 @@ stop_engine() {
 
 make_base() {
     local name=$1 root=$work/root release=${1#*:}
-    install_packages debootstrap
+    install_packages ca-certificates debootstrap
     debootstrap --variant=minbase "${release%%-*}" "$root" http://deb.debian.org/debian >/dev/null
     # Slim, as Debian's own images are.
     printf 'path-exclude=/usr/share/%s/*\n' doc man >"$root/etc/dpkg/dpkg.cfg.d/slim"
