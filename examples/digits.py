@@ -55,7 +55,7 @@ def main() -> int:
         batch_size=32,  # per rank: two ranks with 32 rows each take the same steps as one process with 64
         validation_split=0.1,
         verbose=2,
-        checkpoint=Checkpoint(args.checkpoint),
+        checkpoint=Checkpoint(args.checkpoint, every_s=5) if args.checkpoint else None,
         resume="auto" if args.checkpoint else "never",
     )
 

@@ -68,27 +68,28 @@ class Containers:
         return docker(*self.command, *arguments, timeout_s=timeout_s, **self.environment)
 
     @contextmanager
-    def submit(self, script: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    def submit(self, log: Path, script: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         """A driver in a container of its own. Whatever happens, Compose ends it with the others."""
-        with subprocess.Popen(
-            ["docker", *self.command, "run", "--rm", "--no-TTY", "submit", script.name, *arguments],
-            env={**os.environ, **self.environment, "SCRIPTS": str(script.parent)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as driver:
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(
+                ["docker", *self.command, "run", "--rm", "--no-TTY", "submit", script.name, *arguments],
+                env={**os.environ, **self.environment, "SCRIPTS": str(script.parent)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            ) as driver,
+        ):
             try:
                 yield driver
             finally:
                 driver.kill()
 
-    def run(self, script: Path, *arguments: str) -> str:
+    def run(self, log: Path, script: Path, *arguments: str) -> str:
         """What a driver prints; it must end well, and in time."""
-        with self.submit(script, *arguments) as driver:
-            output, _ = driver.communicate(timeout=RUN_S)
-        assert driver.returncode == 0, output
-        return output
+        with self.submit(log, script, *arguments) as driver:
+            assert driver.wait(RUN_S) == 0, log.read_text()
+        return log.read_text()
 
     def shell(self, service: str, script: str) -> str:
         return self.compose("exec", "--no-TTY", service, "sh", "-c", script)
@@ -129,8 +130,9 @@ def test_the_image_is_sound_runs_as_an_ordinary_user_and_has_no_compiler(contain
     assert containers.shell("worker", "id --user --name; command -v cc gcc g++ || true") == "spark\n"
 
 
-def test_the_example_of_the_readme_trains_on_two_workers(containers: Containers) -> None:
-    found = re.search(r"held-out accuracy ([0-9.]+)", containers.run(DIGITS, "--num-ranks", "2"))
+def test_the_example_of_the_readme_trains_on_two_workers(containers: Containers, tmp_path: Path) -> None:
+    printed = containers.run(tmp_path / "log", DIGITS, "--num-ranks", "2", "--checkpoint", "/checkpoints/digits")
+    found = re.search(r"held-out accuracy ([0-9.]+)", printed)
     assert found is not None
     assert float(found[1]) >= 0.95
 
@@ -144,17 +146,17 @@ def wish(master: str, folder: str, fault: str | None = None) -> str:
 def test_a_worker_that_is_killed_is_done_without_and_the_weights_are_those_of_one_machine(
     containers: Containers, tmp_path: Path
 ) -> None:
-    containers.run(FIT, wish("local[2]", "/checkpoints/local"))
-    with containers.submit(FIT, wish("spark://master:7077", "/checkpoints/cluster", fault="machine")) as driver:
+    containers.run(tmp_path / "local.log", FIT, wish("local[2]", "/checkpoints/local"))
+    log = tmp_path / "cluster.log"
+    with containers.submit(log, FIT, wish("spark://master:7077", "/checkpoints/cluster", fault="machine")) as driver:
         deadline = time.monotonic() + RUN_S
         while not (killed := containers.shell("master", "cat /checkpoints/cluster/machine 2>/dev/null || true")):
-            assert driver.poll() is None
+            assert driver.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
         docker("kill", killed)
-        output, _ = driver.communicate(timeout=RUN_S)
-    assert driver.returncode == 0, output
-    assert "with 1 of 2 ranks" in output
+        assert driver.wait(RUN_S) == 0, log.read_text()
+    assert "with 1 of 2 ranks" in log.read_text()
     outcome = containers.outcome("/checkpoints/cluster", tmp_path / "cluster.npz")
     outcome.check_is_close_to(containers.outcome("/checkpoints/local", tmp_path / "local.npz"))
     assert containers.shell("worker", LEFTOVERS) == ""
