@@ -11,17 +11,18 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test lint bench fuzz chaos clean distclean check-machine
+.PHONY: help demo test test-docker lint bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
-	@echo "make test       all tests"
-	@echo "make lint       ruff, mypy, the import rule"
-	@echo "make bench      measure step time, start-up, memory and inference (minutes; on a quiet machine)"
-	@echo "make fuzz       a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
-	@echo "make chaos      disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
-	@echo "make clean      remove caches and build products; 'make distclean' removes .venv as well"
+	@echo "make demo         train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
+	@echo "make test         all tests"
+	@echo "make test-docker  build the image, train in containers, kill one (minutes; starts a Docker engine: as root, on Debian)"
+	@echo "make lint         ruff, mypy, the import rule, the Dockerfiles"
+	@echo "make bench        measure step time, start-up, memory and inference (minutes; on a quiet machine)"
+	@echo "make fuzz         a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
+	@echo "make chaos        disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
+	@echo "make clean        remove caches and build products; 'make distclean' removes .venv as well"
 
 demo: .venv/.demo
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python examples/digits.py --master "local[2]" --num-ranks 2
@@ -29,11 +30,15 @@ demo: .venv/.demo
 test: .venv/.test
 	$(BIN)/python -m pytest
 
+test-docker: .venv/.test
+	tests/cluster/with_engine.sh $(BIN)/python -m pytest tests/cluster/test_docker.py tests/cluster/test_docker_files.py
+
 lint: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.gpu
 	$(BIN)/python -m pytest --quiet tests/test_doors.py
 
 # A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.

@@ -13,7 +13,7 @@ from pyspark.sql import SparkSession
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from allreduce_spark import SparkModel
+from allreduce_spark import Checkpoint, SparkModel
 
 
 def build_model() -> keras.Model:
@@ -35,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train a digit classifier on Spark and print its held-out accuracy.")
     parser.add_argument("--num-ranks", type=int, default=2, help="processes that train together")
     parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--checkpoint", help="a folder that all hosts see; the same command goes on from there")
     parser.add_argument("--master", help="where Spark runs, e.g. 'local[2]'; leave it out under spark-submit")
     args = parser.parse_args()
 
@@ -48,8 +49,15 @@ def main() -> int:
 
     keras.utils.set_random_seed(0)
     spark_model = SparkModel(build_model(), num_ranks=args.num_ranks)
-    # batch_size is per rank: two ranks with 32 rows each take the same steps as one process with 64.
-    spark_model.fit((x_train, y_train), epochs=args.epochs, batch_size=32, validation_split=0.1, verbose=2)
+    spark_model.fit(
+        (x_train, y_train),
+        epochs=args.epochs,
+        batch_size=32,  # per rank: two ranks with 32 rows each take the same steps as one process with 64
+        validation_split=0.1,
+        verbose=2,
+        checkpoint=Checkpoint(args.checkpoint, every_s=5) if args.checkpoint else None,
+        resume="auto" if args.checkpoint else "never",
+    )
 
     accuracy = spark_model.evaluate((x_test, y_test))["accuracy"]
     print(f"held-out accuracy {accuracy:.4f}")

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -62,6 +63,11 @@ def kill_agent() -> None:
 
 def kill_executor() -> None:
     os.kill(ancestor(4), signal.SIGKILL)  # Between them are the agent, and Spark's own daemon.
+    signal.pause()
+
+
+def wait_for_the_end_of_the_machine(folder: Path) -> None:
+    (folder / "machine").write_text(socket.gethostname())
     signal.pause()
 
 
@@ -219,14 +225,20 @@ def fit(
 def main() -> None:
     """Fit in a driver of its own, which may be killed and started again.
 
-    The argument is JSON: `master`; `store`; `folder`, for marks and the outcome; `fault`, "driver", "executor" or null, which
-    comes in the midst of the third epoch; `dropout` and `pause_s`.
+    The argument is JSON: `master`; `store`; `folder`, for marks and the outcome; `fault`, which comes in the midst of the third
+    epoch: "driver", "executor", "machine" (its name is then in the file `machine`; whoever reads it is to kill it) or null;
+    `dropout` and `pause_s`.
     """
     from pyspark.sql import SparkSession
 
     wish = json.loads(sys.argv[1])
     folder = Path(wish["folder"])
-    deeds = {"driver": partial(os.kill, os.getpid(), signal.SIGKILL), "executor": kill_executor}
+    folder.mkdir(parents=True, exist_ok=True)
+    deeds = {
+        "driver": partial(os.kill, os.getpid(), signal.SIGKILL),
+        "executor": kill_executor,
+        "machine": partial(wait_for_the_end_of_the_machine, folder),
+    }
     faults = [Fault("train_batch_end", 1, deeds[wish["fault"]], 2, 2)] if wish.get("fault") else []
     session = SparkSession.builder.master(wish["master"]).config("spark.ui.enabled", "false").getOrCreate()
     session.sparkContext.setLogLevel("ERROR")
