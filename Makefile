@@ -11,13 +11,14 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test lint bench fuzz chaos clean distclean check-machine
+.PHONY: help demo test lint horovod bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
 	@echo "make test       all tests"
 	@echo "make lint       ruff, mypy, the import rule"
+	@echo "make horovod    build Horovod (minutes, once; the wheel is kept), so that its tests are not skipped"
 	@echo "make bench      measure step time, start-up, memory and inference (minutes; on a quiet machine)"
 	@echo "make fuzz       a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
 	@echo "make chaos      disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
@@ -35,6 +36,9 @@ lint: .venv/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --quiet tests/test_doors.py
+
+horovod: .venv/.test
+	$(LOCK) nice $(BIN)/allreduce-spark install-horovod
 
 # A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.
 bench: .venv/.test .venv-elephas/.created
