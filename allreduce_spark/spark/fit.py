@@ -25,7 +25,7 @@ from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts, place_of
 from allreduce_spark.rendezvous.server import Rendezvous
-from allreduce_spark.spark.approval import approve
+from allreduce_spark.spark.approval import approve, choose_backend
 from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
 from allreduce_spark.spark.shards import shards_for
@@ -86,6 +86,7 @@ def run_fit(
     timeouts: Timeouts,
     spectator: Spectator,
     safety: Safety,
+    backend: str = "mpi",
 ) -> keras.callbacks.History:
     """Train `model` on the ranks of barrier stages, and bring the trained state back into it.
 
@@ -109,11 +110,11 @@ def run_fit(
             if coordinator.newest:
                 check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
             coordinator.begin(fingerprint)
-            return approved
+            return {**approved, "backend": choose_backend(backend, joins)}
 
         result = folder / "result"
         restarts, on_progress = Restarts(safety.recovery.max_restarts), _EachEpochOnce(spectator.report)
-        fit = _Fit(context, rows, job, approval, restarts, coordinator, spectator, on_progress, result)
+        fit = _Fit(context, rows, job, approval, restarts, coordinator, spectator, on_progress, result, backend)
         num_ranks = rows.num_ranks if least is None else wait_for_slots(context, rows.num_ranks, least, timeouts)
         while (why := _train(fit, num_ranks)) is not None:
             coordinator.fall_back()
@@ -140,6 +141,7 @@ class _Fit:
     spectator: Spectator
     on_progress: Callable[[dict[str, Any]], None]
     result: Path
+    backend: str
 
 
 class _EachEpochOnce:
@@ -187,7 +189,7 @@ def _train(fit: _Fit, num_ranks: int) -> str | None:
             _, port = rendezvous.start(listen_host)
             store = Store(job.checkpoint.path).path if job.checkpoint and job.checkpoint.path else None
             address = (reachable_host, port)
-            task = StageTask(num_ranks, rows.num_ranks, address, key, job.timeouts, job.files(), store)
+            task = StageTask(num_ranks, rows.num_ranks, address, key, job.timeouts, job.files(), store, fit.backend)
             fit.spectator.show_phase(Phase.START)
             shards = shards_for(rows.shards, rows.num_ranks, num_ranks)
             watch = partial(_watch, fit, rendezvous, _Slots(fit.context, num_ranks, rows.num_ranks, store))

@@ -33,6 +33,7 @@ from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
+from allreduce_spark.training.opening import open_communicator
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result
@@ -75,9 +76,6 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     Raises:
         Exception: Whatever goes wrong; the caller reports it. The communicator is then not to be used any more.
     """
-    # Not above: MPI must not be loaded before a rank has been forked.
-    from allreduce_spark.communicator.mpi import open_mpi
-
     status = StatusPage(folder / "status")
     job = Job.read(folder)
     use_cores(threads)
@@ -91,7 +89,9 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
     # Another rank may still be importing when this one comes.
-    opened = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    until_open_s = job.timeouts.import_s + job.timeouts.init_s
+    backend = start.fields["approved"]["backend"]
+    opened = open_communicator(backend, membership.world, until_open_s, job.timeouts.collective_s)
     communicator = WatchedCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
