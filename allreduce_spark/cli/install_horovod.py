@@ -1,7 +1,7 @@
 """`allreduce-spark install-horovod`: build Horovod against the installed TensorFlow, keep the wheel, install it, and try it.
 
-Horovod has not been released since 2023. The TensorFlow of today has moved some headers that it includes, or keeps them where
-no compiler looks; nothing in Horovod itself is changed, only where the compiler looks (`_include_folders`).
+Horovod has not been released since 2023. The TensorFlow of today has moved some headers that it includes, keeps others where no
+compiler looks, or leaves them out; nothing in Horovod itself is changed, only what the compiler finds (`_headers`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,16 @@ ANSWER_S = 30.0
 TRY_S = 180.0
 SHOWN_LINES = 25
 
-# Where TensorFlow's headers have gone, relative to its `include`.
-BUILDER_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"  # the old place, which Horovod knows
-BUILDER_PLACES = ("xla/hlo/builder/xla_builder.h", "xla/client/xla_builder.h")
+# Where TensorFlow's headers are, relative to its `include`.
+BUILDER_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"  # until 2.18, and where Horovod looks for it
+BUILDER_PLACE = "xla/hlo/builder/xla_builder.h"  # since 2.19
 VENDORED = ("external/highwayhash", "external/farmhash_archive/src")
+# 2.19 includes two headers of LLVM that it does not bring, to declare a class that Horovod does not use: any list will do.
+LLVM_USER = "xla/stream_executor/gpu/tma_metadata.h"
+LLVM_HEADER = """#pragma once
+#include <vector>
+namespace llvm {{ template <typename T> using {name} = std::vector<T>; }}
+"""
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ def make_recipe(*, with_nccl: bool, environ: Mapping[str, str] = os.environ) -> 
         raise MissingDependencyError(
             f"the build of Horovod needs cmake 3.13 or newer, here it is {cmake and cmake.group()}."
         )
-    _include_folders()
+    _headers()
     cuda, nccl = _find_nccl(package, environ) if with_nccl else (None, None)
     libc = "-".join(platform.libc_ver())
     return Recipe(
@@ -167,13 +173,13 @@ def _build(recipe: Recipe, folder: Path) -> Path:
 
 def _build_environment(recipe: Recipe, work: Path) -> dict[str, str]:
     """What Horovod's build reads."""
-    place, vendored = _include_folders()
-    shim = work / "include" / BUILDER_HEADER
-    shim.parent.mkdir(parents=True)
-    if place is not None:
-        shim.write_text(f'#include "{place}"\n')
+    folders, headers = _headers()
+    for name, content in headers.items():
+        header = work / "include" / name
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(content)
     given = os.environ.get("CPLUS_INCLUDE_PATH")
-    folders = [*([str(work / "include")] if place else []), *map(str, vendored), *([given] if given else [])]
+    places = [str(work / "include"), *map(str, folders), *([given] if given else [])]
     programs = [str(Path(sys.prefix, "bin")), os.environ.get("PATH", os.defpath)]  # of mpich, mpicxx
     variables = {
         "HOROVOD_WITH_TENSORFLOW": "1",
@@ -181,7 +187,7 @@ def _build_environment(recipe: Recipe, work: Path) -> dict[str, str]:
         "HOROVOD_WITHOUT_MXNET": "1",
         "HOROVOD_WITH_GLOO": "1",
         "HOROVOD_WITH_MPI" if recipe.mpi else "HOROVOD_WITHOUT_MPI": "1",
-        "CPLUS_INCLUDE_PATH": os.pathsep.join(folders),
+        "CPLUS_INCLUDE_PATH": os.pathsep.join(places),
         "PATH": os.pathsep.join(programs),
         "MAKEFLAGS": os.environ.get("MAKEFLAGS") or f"-j{len(os.sched_getaffinity(0))}",
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -193,22 +199,26 @@ def _build_environment(recipe: Recipe, work: Path) -> dict[str, str]:
     return variables
 
 
-def _include_folders() -> tuple[str | None, list[Path]]:
-    """Where the header that has moved is now, None where it has not; and the folders to look into as well.
+def _headers() -> tuple[list[Path], dict[str, str]]:
+    """Folders that the compiler has to look into as well, and headers to write for it: by their place, their content.
 
     Raises:
         MissingDependencyError: TensorFlow's headers are not there.
     """
     include = Path(str(metadata.distribution(_tensorflow_package()).locate_file("tensorflow/include")))
-    vendored = [include / folder for folder in VENDORED if (include / folder).is_dir()]
-    if (include / BUILDER_HEADER).exists():
-        return None, vendored
-    for place in BUILDER_PLACES:
-        if (include / place).exists():
-            return place, vendored
-    raise MissingDependencyError(
-        f"the build of Horovod needs TensorFlow's headers, and {include} has no {BUILDER_PLACES[0]}: install TensorFlow again."
-    )
+    headers = {}
+    if not (include / BUILDER_HEADER).exists():
+        if not (include / BUILDER_PLACE).exists():
+            raise MissingDependencyError(
+                f"the build of Horovod needs TensorFlow's headers, and {include} has no {BUILDER_PLACE}: install TensorFlow "
+                "again."
+            )
+        headers[BUILDER_HEADER] = f'#include "{BUILDER_PLACE}"\n'
+    user = include / LLVM_USER
+    if user.exists():
+        for name in re.findall(r'#include "llvm/ADT/(\w+)\.h"', user.read_text()):
+            headers[f"llvm/ADT/{name}.h"] = LLVM_HEADER.format(name=name)
+    return [include / folder for folder in VENDORED if (include / folder).is_dir()], headers
 
 
 def _tensorflow_package() -> str:

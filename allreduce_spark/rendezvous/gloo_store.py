@@ -29,14 +29,14 @@ PIECE_CHARACTERS = VALUE_LIMIT - 16  # beside the number of pieces
 READ_BYTES = 1 << 16
 LONGEST_VALUE = 1 << 20  # the addresses for 8,000 ranks
 ANSWER_WITHIN_S = 1.0  # for a key that nobody has put yet; then Gloo asks again
-ASK_AGAIN_S = 0.02
+ASK_AGAIN_S, ASK_AGAIN_LATER_S = 0.02, 0.3
 
 
 class KeyValues:
     """Bytes by key, shared by the ranks of a generation: the rank's end of a PMI connection. Safe to call from several threads.
 
     Args:
-        connection: As `PMI_FD` names it; MPI must not use it meanwhile.
+        connection: As `PMI_FD` names it; MPI must not use it meanwhile. Its timeout is the deadline of each answer.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -117,9 +117,10 @@ def serve_gloo(connection: socket.socket) -> Iterator[tuple[str, int]]:
         if body is not None:
             values.put(key, body)
             return b""
-        deadline = time.monotonic() + ANSWER_WITHIN_S
+        deadline, pause_s = time.monotonic() + ANSWER_WITHIN_S, ASK_AGAIN_S
         while (value := values.get(key)) is None and time.monotonic() < deadline:
-            time.sleep(ASK_AGAIN_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, ASK_AGAIN_LATER_S)
         return value
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(answer))

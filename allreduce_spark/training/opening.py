@@ -33,5 +33,7 @@ def open_communicator(backend: str, world: World, timeout_s: float, collective_s
 
     if backend == "horovod-mpi":
         return open_horovod(world, timeout_s, controller="mpi", collective_s=collective_s)
-    with socket.socket(fileno=os.dup(int(os.environ["PMI_FD"]))) as connection, serve_gloo(connection) as store:
-        return open_horovod(world, timeout_s, gloo_store=store, collective_s=collective_s)
+    with socket.socket(fileno=os.dup(int(os.environ["PMI_FD"]))) as connection:
+        connection.settimeout(timeout_s)
+        with serve_gloo(connection) as store:
+            return open_horovod(world, timeout_s, gloo_store=store, collective_s=collective_s)

@@ -56,8 +56,7 @@ def test_a_tensorflow_that_horovod_cannot_be_built_for_is_refused(monkeypatch, v
 
 def test_missing_headers_are_said_before_anything_is_built(programs, monkeypatch, tmp_path, capsys):
     environ = programs("g++", "cmake", "make")
-    monkeypatch.setattr(install_horovod, "VENDORED", ("nowhere",))
-    monkeypatch.setattr(install_horovod, "BUILDER_PLACES", ("nowhere/xla_builder.h",))
+    monkeypatch.setattr(install_horovod, "BUILDER_PLACE", "nowhere/xla_builder.h")
     monkeypatch.setattr(install_horovod, "BUILDER_HEADER", "nowhere/else.h")
     with pytest.raises(MissingDependencyError, match="TensorFlow's headers"):
         make_recipe(with_nccl=False, environ=environ)
@@ -107,19 +106,45 @@ def test_a_wheel_that_is_there_is_installed_without_a_build(monkeypatch, tmp_pat
     assert "in 1.5 ms" in capsys.readouterr().out
 
 
-def test_the_compiler_looks_where_tensorflow_keeps_its_headers(monkeypatch, tmp_path):
-    monkeypatch.setattr(install_horovod, "_include_folders", lambda: ("xla/there.h", [Path("/tf/highwayhash")]))
+class Tensorflow:
+    """An installed TensorFlow of which there are headers alone."""
+
+    def __init__(self, folder, **headers):
+        self.folder = folder
+        for name, content in headers.items():
+            path = folder / "tensorflow/include" / getattr(install_horovod, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        (folder / "tensorflow/include" / install_horovod.VENDORED[0]).mkdir(parents=True)
+
+    def locate_file(self, path):
+        return self.folder / path
+
+
+def test_the_compiler_finds_the_headers_of_a_tensorflow_that_has_moved_or_left_them_out(monkeypatch, tmp_path):
+    needs_llvm = '#include "llvm/ADT/ArrayRef.h"\n#include "absl/status.h"\n'
+    tensorflow = Tensorflow(tmp_path, BUILDER_PLACE="class XlaBuilder;", LLVM_USER=needs_llvm)
+    monkeypatch.setattr(install_horovod.metadata, "distribution", lambda package: tensorflow)
     monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
-    environment = install_horovod._build_environment(RECIPE, tmp_path)
-    shim = tmp_path / "include" / install_horovod.BUILDER_HEADER
-    assert shim.read_text() == '#include "xla/there.h"\n'
-    assert environment["CPLUS_INCLUDE_PATH"].split(":") == [str(tmp_path / "include"), "/tf/highwayhash", "/mine"]
+    environment = install_horovod._build_environment(RECIPE, tmp_path / "work")
+    ours = tmp_path / "work" / "include"
+    vendored = tmp_path / "tensorflow/include/external/highwayhash"
+    assert environment["CPLUS_INCLUDE_PATH"].split(":") == [str(ours), str(vendored), "/mine"]
+    assert {str(path.relative_to(ours)): path.read_text().count("#include") for path in ours.rglob("*.h")} == {
+        "llvm/ADT/ArrayRef.h": 1,
+        "tensorflow/compiler/xla/client/xla_builder.h": 1,
+    }
     assert environment["HOROVOD_WITH_MPI"] == "1"
     assert "HOROVOD_GPU_OPERATIONS" not in environment
 
 
-def test_without_mpich_it_is_built_with_gloo_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(install_horovod, "_include_folders", lambda: (None, []))
+def test_nothing_is_added_to_a_tensorflow_that_has_its_headers_where_horovod_looks(monkeypatch, tmp_path):
+    tensorflow = Tensorflow(tmp_path, BUILDER_HEADER="class XlaBuilder;")
+    monkeypatch.setattr(install_horovod.metadata, "distribution", lambda package: tensorflow)
+    assert install_horovod._headers() == ([tmp_path / "tensorflow/include/external/highwayhash"], {})
+
+
+def test_without_mpich_it_is_built_with_gloo_alone(tmp_path):
     environment = install_horovod._build_environment(replace(RECIPE, mpi=None), tmp_path)
     assert environment["HOROVOD_WITHOUT_MPI"] == "1"
     assert "HOROVOD_WITH_MPI" not in environment
