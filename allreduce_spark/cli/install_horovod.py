@@ -162,7 +162,9 @@ def _build(recipe: Recipe, folder: Path) -> Path:
             lines = log.read_text(errors="replace").splitlines()
             told = [line for line in lines if re.search(r"\berror\b|CMake Error", line, re.I)][:SHOWN_LINES]
             raise AllReduceSparkError(
-                "Horovod could not be built. What the log says of errors:\n" + "\n".join(told) + f"\nAll of it: {log}"
+                f"Horovod could not be built: pip ended with exit code {code}. What the log says of errors:\n"
+                + "\n".join(told or ["(nothing: was the build killed?)"])
+                + f"\nAll of it: {log}"
             )
         built = next(work.glob("horovod-*.whl"))
         (folder / "recipe.txt").write_text("".join(f"{name}: {value}\n" for name, value in asdict(recipe).items()))
