@@ -11,7 +11,7 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test test-docker lint bench fuzz chaos clean distclean check-machine
+.PHONY: help demo test test-docker lint horovod bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test         all tests"
 	@echo "make test-docker  build the image, train in containers, kill one (minutes; starts a Docker engine: as root, on Debian)"
 	@echo "make lint         ruff, mypy, the import rule, the Dockerfiles"
+	@echo "make horovod      build Horovod (minutes, once; the wheel is kept), so that its tests are not skipped"
 	@echo "make bench        measure step time, start-up, memory and inference (minutes; on a quiet machine)"
 	@echo "make fuzz         a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
 	@echo "make chaos        disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
@@ -40,6 +41,9 @@ lint: .venv/.test
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.gpu
 	$(BIN)/python -m pytest --quiet tests/test_doors.py
+
+horovod: .venv/.test
+	$(LOCK) nice $(BIN)/allreduce-spark install-horovod
 
 # A benchmark is a script tests/benchmarks/bench_*.py that prints what it measures.
 bench: .venv/.test .venv-elephas/.created

@@ -10,9 +10,19 @@ from typing import Any
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["Checkpoint", "FitConfig", "Recovery", "Timeouts", "check_num_ranks", "check_sync_every"]
+__all__ = [
+    "BACKENDS",
+    "Checkpoint",
+    "FitConfig",
+    "Recovery",
+    "Timeouts",
+    "check_backend",
+    "check_num_ranks",
+    "check_sync_every",
+]
 
 MAX_RANKS = 4096
+BACKENDS = ("mpi", "horovod", "horovod-mpi", "auto")
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,13 @@ def check_num_ranks(num_ranks: object) -> int:
     if count > MAX_RANKS:
         raise ConfigError(f"num_ranks={count} is more than this library is made for ({MAX_RANKS}).")
     return count
+
+
+def check_backend(backend: object) -> str:
+    """Return `backend`, or raise ConfigError where there is none of that name."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}.")
+    return str(backend)
 
 
 def check_sync_every(sync_every: object) -> int | str:

@@ -24,7 +24,7 @@ DOORS = {
     "pyspark": ["spark/", "elephas/"],
     "py4j": ["spark/", "elephas/"],
     "keras": ["training/"],
-    "tensorflow": ["training/"],
+    "tensorflow": ["training/", "communicator/horovod.py"],  # Horovod's operations are TensorFlow's
     "mpi4py": ["communicator/mpi.py"],
     "horovod": ["communicator/horovod.py"],
     "cryptography": ["rendezvous/handshake.py"],

@@ -35,6 +35,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "tensorflow": software.check_tensorflow,
     "keras": software.check_keras,
     "mpi": software.check_mpi,
+    "horovod": software.check_horovod,
     "allreduce": check_allreduce,
     "allreduce-tcp": check_allreduce_tcp,
     "network": machine.check_network,

@@ -15,7 +15,9 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code. `argv` is for tests: without it, the words of the command line count."""
     args = _parser().parse_args(argv)
-    return run_checkpoints(args) if args.command == "checkpoints" else run_doctor(args)
+    if args.command == "doctor":
+        return run_doctor(args)
+    return run_checkpoints(args) if args.command == "checkpoints" else run_install_horovod(args)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
@@ -46,6 +48,17 @@ def run_checkpoints(args: argparse.Namespace) -> int:
         return 1
 
 
+def run_install_horovod(args: argparse.Namespace) -> int:
+    from allreduce_spark.cli import install_horovod  # loads rooms that an old Python cannot read
+    from allreduce_spark.errors import AllReduceSparkError
+
+    try:
+        return install_horovod.install_horovod(with_nccl=args.nccl)
+    except AllReduceSparkError as error:
+        print(f"allreduce-spark: {error}", file=sys.stderr)
+        return 1
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="allreduce-spark", description=(allreduce_spark.__doc__ or "").split("\n")[0])
     parser.add_argument("--version", action="version", version=f"allreduce-spark {allreduce_spark.__version__}")
@@ -62,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"run these checks alone: {', '.join(doctor.CHECKS)}",
     )
     _add_checkpoints(commands)
+    horovod = commands.add_parser(
+        "install-horovod",
+        help="build Horovod for the TensorFlow that is installed, and install it",
+        description="Build Horovod for the TensorFlow that is installed, with Gloo and, where the package mpich is installed, "
+        "MPI; install it here, and let two ranks reduce by it. The wheel is kept, and taken again where nothing has changed.",
+    )
+    horovod.add_argument("--nccl", action="store_true", help="with NCCL, for GPUs; needs CUDA's nvcc and NCCL's header")
     return parser
 
 

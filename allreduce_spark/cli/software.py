@@ -1,4 +1,4 @@
-"""The doctor's look at what is installed: Python, Java, Spark, TensorFlow, Keras, MPI.
+"""The doctor's look at what is installed: Python, Java, Spark, TensorFlow, Keras, MPI, Horovod.
 
 Nothing is imported to learn its version: that would take seconds, and could itself be what is broken.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 from allreduce_spark.cli.result import Result, fail, ok, warn
 
 __all__ = [
+    "check_horovod",
     "check_java",
     "check_keras",
     "check_mpi",
@@ -165,6 +166,19 @@ def check_mpi() -> Result:
     if not any(os.path.exists(str(library)) for library in libraries):
         return fail(f"mpi4py {mpi4py}, but the package mpich {mpich} lacks libmpi.so", f"{install} --force-reinstall")
     return ok(f"mpi4py {mpi4py} on MPICH {mpich}")
+
+
+def check_horovod() -> Result:
+    # Not at the top: an old Python must load this file.
+    from allreduce_spark.communicator.horovod_environment import installed
+
+    found, tensorflow = installed(), version_of("tensorflow")
+    if found is None:
+        return ok("not installed; only backend='horovod' needs it (allreduce-spark install-horovod)")
+    text = f"{found.version} for TensorFlow {found.tensorflow}, with {', '.join(sorted(found.parts))}"
+    if found.tensorflow != tensorflow:
+        return warn(f"{text}, but TensorFlow is {tensorflow}", "Build it again: allreduce-spark install-horovod")
+    return ok(text)
 
 
 def version_of(module: str) -> str | None:

@@ -1,6 +1,7 @@
-"""The doctor's real test: two processes on this machine, started as an agent starts its rank, and one all-reduce.
+"""A real test, for the doctor and after an install: two processes on this machine, started as an agent starts its rank, and
+one all-reduce.
 
-    python -m allreduce_spark.cli.two_ranks RANK NODE,NODE        one of the two processes
+    python -m allreduce_spark.cli.two_ranks RANK NODE,NODE BACKEND        one of the two processes
 
 Nothing at the top of this file needs an installed package: the first thing that does is the rank process itself.
 """
@@ -21,13 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from allreduce_spark.cli.result import Result, fail, ok
+from allreduce_spark.communicator.horovod_environment import interface_environment
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.errors import AllReduceSparkError, CollectiveError, CollectiveTimeoutError, RankFailedError
 from allreduce_spark.launch.environment import interface_of, rank_environment
 from allreduce_spark.rendezvous import pmi
 from allreduce_spark.world import worlds_of
 
-__all__ = ["check_shared_memory_allreduce", "check_tcp_allreduce"]
+__all__ = ["allreduce_of_two", "check_shared_memory_allreduce", "check_tcp_allreduce"]
 
 TIMEOUT_S = 60.0
 ELEMENTS = 1 << 18  # 1 MiB of float32: the gradients of a small model
@@ -66,13 +68,14 @@ def _interface() -> str | None:
     return None
 
 
-def allreduce_of_two(nodes: tuple[int, int], interface: str | None, timeout_s: float) -> float:
+def allreduce_of_two(nodes: tuple[int, int], interface: str | None, timeout_s: float, backend: str = "mpi") -> float:
     """Start two ranks, answer their PMI words, and let them sum an array.
 
     Args:
         nodes: For each rank the index of its host, as it is to believe.
         interface: For the traffic by TCP; None leaves the choice to MPICH.
         timeout_s: For all of it.
+        backend: "mpi", "horovod" or "horovod-mpi".
 
     Returns:
         How many milliseconds the quickest of a few all-reduces took.
@@ -84,19 +87,20 @@ def allreduce_of_two(nodes: tuple[int, int], interface: str | None, timeout_s: f
     deadline = time.monotonic() + timeout_s
     key_space = pmi.KeySpace(f"doctor_{secrets.token_hex(8)}", len(nodes), pmi.process_mapping(nodes))
     with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(_rank_process(rank, nodes, interface)) for rank in range(len(nodes))]
+        ends = [stack.enter_context(_rank_process(rank, nodes, interface, backend)) for rank in range(len(nodes))]
         return max(_answer_until_closed(key_space, ends, deadline))
 
 
 @contextlib.contextmanager
 def _rank_process(
-    rank: int, nodes: tuple[int, int], interface: str | None
+    rank: int, nodes: tuple[int, int], interface: str | None, backend: str
 ) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
     """One rank, and our end of its PMI connection; it is killed, and its shared memory removed, at the end."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        extra = {**mpi_environment(interface), **pmi.environment(rank, len(nodes), theirs.fileno())}
-        command = [sys.executable, "-m", "allreduce_spark.cli.two_ranks", str(rank), ",".join(map(str, nodes))]
+        of_interface = {**mpi_environment(interface), **interface_environment(interface)}
+        extra = {**of_interface, **pmi.environment(rank, len(nodes), theirs.fileno())}
+        command = [sys.executable, "-m", "allreduce_spark.cli.two_ranks", str(rank), ",".join(map(str, nodes)), backend]
         with subprocess.Popen(
             command,
             env=rank_environment(os.environ, threads=1, gpus=None, extra=extra),
@@ -169,13 +173,13 @@ def _result(rank: int, process: subprocess.Popen[str], deadline: float) -> float
         raise RankFailedError(cause, rank=rank, log_tail=tuple(lines[-LOG_LINES:])) from error
 
 
-def be_a_rank(rank: int, nodes: tuple[int, ...]) -> float:
-    """Open MPI, sum an array a few times, check the sum, close; the milliseconds of the quickest."""
+def be_a_rank(rank: int, nodes: tuple[int, ...], backend: str) -> float:
+    """Open a communicator, sum an array a few times, check the sum, close; the milliseconds of the quickest."""
     import numpy as np
 
-    from allreduce_spark.communicator.mpi import open_mpi
+    from allreduce_spark.training.opening import open_communicator
 
-    communicator = open_mpi(worlds_of(nodes)[rank], TIMEOUT_S)
+    communicator = open_communicator(backend, worlds_of(nodes)[rank], TIMEOUT_S, TIMEOUT_S)
     expected = len(nodes) * (len(nodes) + 1) / 2
     seconds = []
     for _ in range(5):
@@ -191,4 +195,5 @@ def be_a_rank(rank: int, nodes: tuple[int, ...]) -> float:
 
 if __name__ == "__main__":
     signal.alarm(int(TIMEOUT_S) + 10)  # the end of a rank whose doctor was killed
-    print(json.dumps({"milliseconds": be_a_rank(int(sys.argv[1]), tuple(map(int, sys.argv[2].split(","))))}))
+    own_rank, its_nodes, its_backend = sys.argv[1:]
+    print(json.dumps({"milliseconds": be_a_rank(int(own_rank), tuple(map(int, its_nodes.split(","))), its_backend)}))

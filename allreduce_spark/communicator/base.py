@@ -93,7 +93,7 @@ class GraphCollectives(Protocol):
     """Collectives on the tensors of a compiled graph: the seam for backends that bring operations of their own.
 
     A backend that has them (Horovod) reduces gradients on the device where they are; one that has not (MPI) gets them
-    as numpy buffers, out of the graph and back.
+    as numpy buffers, out of the graph and back. Their deadline is the backend's own.
     """
 
     def allreduce_sum(self, tensors: list[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, local_shares
 from allreduce_spark.checkpoint.store import Store
+from allreduce_spark.communicator.horovod_environment import check_installed, installed, interface_environment
 from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
 from allreduce_spark.data.blocks import decode_block
@@ -53,6 +54,7 @@ class AgentTask:
         gpus: Addresses of the GPUs that Spark gave to the task, or None.
         files: Files for the rank, by name: the model, and what goes with it.
         store: Where checkpoints are kept; None where they stay on this machine.
+        backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
     """
 
     rank: int
@@ -66,6 +68,7 @@ class AgentTask:
     gpus: tuple[str, ...] | None
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
+    backend: str = "mpi"
 
 
 def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
@@ -90,6 +93,7 @@ def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
 
 
 def _look_after_rank(task: AgentTask, blocks: Iterator[tuple[int, bytes]], driver: Connection) -> None:
+    check_installed(task.backend)  # before anything is read or started
     with scratch_folder() as folder:
         status = StatusPage(folder / "status")
         status.write(Phase.IMPORT)
@@ -101,7 +105,7 @@ def _look_after_rank(task: AgentTask, blocks: Iterator[tuple[int, bytes]], drive
             start_rank = partial(warm.start_rank, task.rank, task.num_ranks)
             store = None if task.store is None else Store(task.store)
             reports: list[dict[str, Any]] = []
-            join = partial(_join, task.rank, folder, reports)
+            join = partial(_join, task, folder, reports)
             relay = Relay(task.rank, driver, start_rank, join, folder, place, task.timeouts, store)
             with contextlib.closing(relay):
                 # If the rank has ended meanwhile, because it cannot import TensorFlow, say, nobody needs the rows any more.
@@ -120,11 +124,12 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> Wa
     # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
     temporary = folder / "tmp"
     temporary.mkdir()
+    interface = interface_of(local_address)
     environment = rank_environment(
         os.environ,
         threads=threads,
         gpus=task.gpus,
-        extra={"TMPDIR": str(temporary), **mpi_environment(interface_of(local_address))},
+        extra={"TMPDIR": str(temporary), **mpi_environment(interface), **interface_environment(interface)},
     )
     return WarmProcess(folder, threads, environment)
 
@@ -169,9 +174,19 @@ def _spool(
     return True
 
 
-def _join(rank: int, folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _join(task: AgentTask, folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
     """What the driver must know before a rank may start."""
-    return {"host_key": host_key(), "shards": reports, "saved": sorted(local_shares(folder / LOCAL_FOLDER, rank))}
+    return {
+        "host_key": host_key(),
+        "shards": reports,
+        "saved": sorted(local_shares(folder / LOCAL_FOLDER, task.rank)),
+        "nccl": bool(task.gpus) and _has_nccl(),
+    }
+
+
+def _has_nccl() -> bool:
+    found = installed()
+    return found is not None and {"gloo", "nccl"} <= found.parts
 
 
 def _wait_for_the_end(driver: Connection, timeouts: Timeouts) -> None:

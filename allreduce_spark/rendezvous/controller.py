@@ -267,10 +267,17 @@ class Controller:
             self._call(self._hooks.on_progress, {"phase": station.phase.value})
 
     def _on_join(
-        self, station: Station, body: bytes, *, host_key: str, shards: list[dict[str, Any]], saved: list[str]
+        self,
+        station: Station,
+        body: bytes,
+        *,
+        host_key: str,
+        shards: list[dict[str, Any]],
+        saved: list[str],
+        nccl: bool = False,
     ) -> None:
         reports = tuple(ShardReport(**shard) for shard in shards)
-        station.join = Join(station.rank, station.host, host_key, reports, tuple(map(str, saved)))
+        station.join = Join(station.rank, station.host, host_key, reports, tuple(map(str, saved)), bool(nccl))
         self._move(station, Phase.JOIN)
         joins = [self._stations[rank].join for rank in sorted(self._stations)]
         if len(joins) == self._num_ranks and all(joins):

@@ -15,7 +15,7 @@ from allreduce_spark.training.checks import check_inputs, check_labels
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["approve"]
+__all__ = ["approve", "choose_backend"]
 
 
 def approve(
@@ -55,6 +55,13 @@ def approve(
         except DataError as error:
             raise DataError(f"validation_data: {error}") from error
     return {"spec": spec.to_json(), "validation_spec": validation_spec.to_json() if validation_spec else None}
+
+
+def choose_backend(wanted: str, joins: Sequence[Join]) -> str:
+    """What all ranks are to reduce by, where "auto" leaves it to what the agents have found on their machines."""
+    if wanted != "auto":
+        return wanted
+    return "horovod" if all(join.nccl for join in joins) else "mpi"
 
 
 def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: FitConfig) -> None:

@@ -13,7 +13,7 @@ from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.spark.approval import approve
+from allreduce_spark.spark.approval import approve, choose_backend
 from allreduce_spark.spark.cluster import count_slots
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
@@ -54,6 +54,7 @@ def run_fit(
     timeouts: Timeouts,
     spectator: Spectator,
     safety: Safety,
+    backend: str = "mpi",
 ) -> keras.callbacks.History:
     """Train `model` on the ranks of barrier stages, and bring the trained state back into it.
 
@@ -74,7 +75,7 @@ def run_fit(
             if coordinator.newest:
                 check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
             coordinator.begin(fingerprint)
-            return approved
+            return {**approved, "backend": choose_backend(backend, joins)}
 
         store = None if job.checkpoint is None or job.checkpoint.path is None else Store(job.checkpoint.path).path
         run_work(
@@ -84,6 +85,7 @@ def run_fit(
                 num_shards=rows.num_ranks,
                 files=job.files(),
                 timeouts=timeouts,
+                backend=backend,
                 store=store,
                 approve=approval,
                 coordinator=coordinator,

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pyspark import RDD
 from pyspark.sql import DataFrame
 
-from allreduce_spark.config import Checkpoint, FitConfig, Recovery, Timeouts, check_num_ranks, check_sync_every
+from allreduce_spark.config import (
+    Checkpoint,
+    FitConfig,
+    Recovery,
+    Timeouts,
+    check_backend,
+    check_num_ranks,
+    check_sync_every,
+)
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
@@ -51,12 +59,17 @@ class SparkModel:
             rank take k steps on its own rows and then averages weights and optimizer state, weighted by the rows that each
             has trained on ("local SGD", Stich 2019, arXiv:1805.09767); "epoch" does so once an epoch. That needs less
             network, and gives other, usually somewhat worse, weights than one process.
+        backend: What the ranks reduce by. "mpi": MPICH, which is installed with this library. "horovod": Horovod, with Gloo
+            between the hosts and NCCL between GPUs where it was built for them; "horovod-mpi": the same with MPI in the place
+            of Gloo. `allreduce-spark install-horovod` installs it. "auto": "horovod" where every rank has a GPU, and a Horovod
+            with NCCL is there, else "mpi". The weights are the same but for the rounding of sums.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.
 
     Raises:
-        ConfigError: The model is not compiled, num_ranks is no positive integer, or sync_every makes no sense.
+        ConfigError: The model is not compiled, num_ranks is no positive integer, there is no such backend, or sync_every
+            makes no sense.
 
     Example:
         >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
@@ -71,12 +84,14 @@ class SparkModel:
         num_ranks: int | None = None,
         *,
         sync_every: int | str = 1,
+        backend: str = "mpi",
         custom_objects: dict[str, Any] | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
         self.model = check_model(model)
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
         self.sync_every = check_sync_every(sync_every)
+        self.backend = check_backend(backend)
         self.timeouts = timeouts or Timeouts()
         self._custom_objects = dict(custom_objects or {})
 
@@ -184,6 +199,7 @@ class SparkModel:
                 timeouts=self.timeouts,
                 spectator=display,
                 safety=Safety(recovery, checkpoint or Checkpoint(), resumed),
+                backend=self.backend,
             )
 
     def evaluate(
@@ -295,7 +311,7 @@ class SparkModel:
         settings = {name: saved.settings[name] for name in cls._SETTINGS if name in saved.settings}
         return cls(saved.model, custom_objects=custom_objects, **settings)
 
-    _SETTINGS = ("num_ranks", "sync_every")
+    _SETTINGS = ("num_ranks", "sync_every", "backend")
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._SETTINGS}

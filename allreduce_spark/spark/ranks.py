@@ -60,6 +60,7 @@ class Work:
         shards: Pairs (number of the shard, block), one partition per shard.
         num_shards: How many, and so ranks while no machine is lost.
         files: For every rank, by name.
+        backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
         store: Where checkpoints are kept; None where they stay on the executors.
         approve: See `Hooks`.
         coordinator: Knows what another generation goes on from.
@@ -73,6 +74,7 @@ class Work:
     num_shards: int
     files: dict[str, bytes]
     timeouts: Timeouts
+    backend: str
     store: str | None
     approve: Callable[[Sequence[Join]], dict[str, Any]]
     coordinator: Coordinator
@@ -125,7 +127,9 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
         with contextlib.closing(Rendezvous(num_ranks, key, work.timeouts, hooks, restarts)) as rendezvous:
             _, port = rendezvous.start(listen_host)
             address = (reachable_host, port)
-            task = StageTask(num_ranks, work.num_shards, address, key, work.timeouts, work.files, work.store)
+            task = StageTask(
+                num_ranks, work.num_shards, address, key, work.timeouts, work.files, work.store, work.backend
+            )
             work.spectator.show_phase(Phase.START)
             shards = shards_for(work.shards, work.num_shards, num_ranks)
             watch = partial(_watch, work, rendezvous, _Slots(work, num_ranks))

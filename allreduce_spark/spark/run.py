@@ -9,10 +9,11 @@ from typing import Any
 import cloudpickle
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
-from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_num_ranks
+from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_backend, check_num_ranks
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.spark.approval import choose_backend
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.ranks import Work, run_work
 from allreduce_spark.spark.slots import hold_slots
@@ -27,6 +28,7 @@ def run(
     /,
     *args: Any,
     num_ranks: int | None = None,
+    backend: str = "mpi",
     timeouts: Timeouts | None = None,
     max_restarts: int = 0,
     **kwargs: Any,
@@ -41,6 +43,7 @@ def run(
             `DistributedOptimizer`, `broadcast` and `shard_dataset`, a loop for one process becomes one for many. It travels by
             cloudpickle, as its arguments do.
         num_ranks: How many ranks; None for as many as there are slots.
+        backend: What the ranks reduce by, as for `SparkModel`.
         timeouts: Deadlines; `function_s` is that of the function.
         max_restarts: How often in a row ranks may be started again where one has died. The function then begins anew: it is up
             to it to go on from something that it has saved.
@@ -55,7 +58,7 @@ def run(
     """
     if not callable(function):
         raise ConfigError(f"run needs a function, got {function!r}.")
-    timeouts = timeouts or Timeouts()
+    timeouts, backend = timeouts or Timeouts(), check_backend(backend)
     call = pickle_objects((function, args, kwargs))
     context = active_context()
     wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
@@ -68,8 +71,9 @@ def run(
                 num_shards=wanted,
                 files=FunctionJob(call, timeouts).files(),
                 timeouts=timeouts,
+                backend=backend,
                 store=None,
-                approve=lambda joins: {},
+                approve=lambda joins: {"backend": choose_backend(backend, joins)},
                 coordinator=Coordinator(Checkpoint()),
                 recovery=recovery,
                 spectator=_Nobody(),

@@ -55,6 +55,7 @@ class StageTask:
     timeouts: Timeouts
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
+    backend: str = "mpi"
 
 
 def run_stage(
@@ -121,6 +122,7 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         gpus=tuple(gpus.addresses) if gpus else None,
         files=task.files,
         store=task.store,
+        backend=task.backend,
     )
     run_agent(agent, iter(blocks))
     return iter(())

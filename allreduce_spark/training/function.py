@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.cores import use_cores
+from allreduce_spark.training.opening import open_communicator
 from allreduce_spark.training.watched import WatchedCommunicator, limited_by
 from allreduce_spark.world import World
 
@@ -63,18 +63,16 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     Raises:
         Exception: Whatever goes wrong; the caller reports it.
     """
-    # Not above: MPI must not be loaded before a rank has been forked.
-    from allreduce_spark.communicator.mpi import open_mpi
-
     status = StatusPage(folder / "status")
     use_cores(threads)
     function, arguments, named = cloudpickle.loads(job.call)
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     status.write(Phase.INIT)
     world = World(**start.fields["membership"]["world"])
-    # Another rank may still be importing when this one comes.
-    with limited_by("import_s", "init_s"):
-        opened = open_mpi(world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+    backend = start.fields["approved"]["backend"]
+    with limited_by("import_s", "init_s"):  # Another rank may still be importing when this one comes.
+        until_open_s = job.timeouts.import_s + job.timeouts.init_s
+        opened = open_communicator(backend, world, until_open_s, job.timeouts.collective_s)
     communicator = _CountingCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
@@ -106,9 +104,7 @@ class _CountingCommunicator(WatchedCommunicator):
         self._collectives = 0
         status.write(Phase.FUNCTION)
 
-    @contextmanager
-    def _waiting(self, timeout_s: float | None) -> Iterator[float]:
-        with super()._waiting(timeout_s) as limit_s:
-            yield limit_s
+    def _end(self) -> None:
+        super()._end()
         self._collectives += 1
         self._status.write(Phase.FUNCTION, 0, self._collectives)

@@ -11,7 +11,9 @@ The mean over the union of the batches is the mean of the ranks' means, each wei
 
 All ranks know R before the step (`batches.BatchPlan`), so each scales its part while it copies it, and the sum is the result:
 dividing afterwards would be one more pass over all gradients. They travel as one flat buffer, because one large all-reduce
-costs less than many small ones (Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion").
+costs less than many small ones (Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion"). A backend with operations for
+the graph (`Communicator.graph`) gets the dense gradients as one flat tensor, on the device where they are; all else, and all
+of it with other backends, leaves the graph as numpy arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.communicator.base import Communicator, GraphCollectives
 from allreduce_spark.training.buffer import FlatBuffer
 from allreduce_spark.training.order import ProgramOrder
 
@@ -103,8 +105,9 @@ def moving_variables(model: keras.Model) -> list[keras.Variable]:
 class GradientReducer:
     """Called with the local gradients inside a traced (or eager) training step; returns those of the global batch.
 
-    Dense gradients and moving variables share one flat buffer. A sparse gradient (`tf.IndexedSlices`, of an Embedding) stays
-    sparse: the ranks' slices are gathered, one after the other, exactly as one process would have got them.
+    Dense gradients and moving variables share one flat buffer, unless the backend reduces gradients in the graph. A sparse
+    gradient (`tf.IndexedSlices`, of an Embedding) stays sparse: the ranks' slices are gathered, one after the other, exactly
+    as one process would have got them.
 
     Args:
         communicator, rows, moving, order: As for `distribute`. The moving variables must still have the values, equal on
@@ -141,14 +144,22 @@ class GradientReducer:
         sparse = [g for g in gradients if isinstance(g, tf.IndexedSlices)]
         dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
         moving = [tf.convert_to_tensor(variable) for variable in self._moving]
-        inputs = [*dense, *moving, *(g.values for g in sparse), *(g.indices for g in sparse)]
-        counts = (len(dense), len(moving), len(sparse))
+        graph = self._communicator.graph
+        by_graph = [] if graph is None else self._reduce_in_graph(graph, dense)
+        by_numpy = dense if graph is None else []
+        inputs = [*by_numpy, *moving, *(g.values for g in sparse), *(g.indices for g in sparse)]
+        counts = (len(by_numpy), len(moving), len(sparse))
 
         buffers = _Buffers()  # of this call: a step may apply other gradients elsewhere
-        outputs = self._order.call(
-            lambda *arrays: self._reduce(arrays, counts, buffers), inputs, [tensor.dtype for tensor in inputs]
+        outputs = (
+            self._order.call(
+                lambda *arrays: self._reduce(arrays, counts, buffers), inputs, [tensor.dtype for tensor in inputs]
+            )
+            if inputs
+            else []
         )
         reduced, moved, values, indices = _split(outputs, counts)
+        reduced = [*by_graph, *reduced]
         for tensor, local in zip([*reduced, *moved], [*dense, *moving], strict=True):
             tensor.set_shape(local.shape)
         for variable, value in zip(self._moving, moved, strict=True):
@@ -162,6 +173,23 @@ class GradientReducer:
         )
         whole = iter(reduced)
         return [g if g is None else next(slices) if isinstance(g, tf.IndexedSlices) else next(whole) for g in gradients]
+
+    def _reduce_in_graph(self, graph: GraphCollectives, dense: list[Any]) -> list[Any]:
+        """Dense gradients as one flat tensor of float32, or float64 where any of them is: the arithmetic of `FlatBuffer`.
+
+        Fused here and not by the backend, whose order of fusion, and so of summation, may differ from one run to the next.
+        """
+        if not dense:
+            return []
+        share = tf.numpy_function(lambda: np.float64(self._rows.share), [], tf.float64)
+        share.set_shape([])
+        dtype = tf.float64 if any(g.dtype == tf.float64 for g in dense) else tf.float32
+        flat = tf.concat([tf.reshape(tf.cast(g, dtype), [-1]) for g in dense], 0)
+        # Multiplying by 0 would not do: a batch that does not count may give nan, and 0 * nan is still nan.
+        weighted = tf.where(share > 0, flat * tf.cast(share, dtype), tf.zeros_like(flat))
+        (total,) = graph.allreduce_sum([weighted])
+        parts = tf.split(total, [tf.size(g) for g in dense])
+        return [tf.cast(tf.reshape(part, tf.shape(g)), g.dtype) for part, g in zip(parts, dense, strict=True)]
 
     def _reduce(
         self, arrays: Sequence[np.ndarray], counts: tuple[int, int, int], buffers: _Buffers

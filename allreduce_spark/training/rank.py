@@ -34,6 +34,7 @@ from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
+from allreduce_spark.training.opening import open_communicator
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result
@@ -82,9 +83,6 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     if function is not None:
         run_function(function, channel, folder, threads)
         return
-    # Not above: MPI must not be loaded before a rank has been forked.
-    from allreduce_spark.communicator.mpi import open_mpi
-
     status = StatusPage(folder / "status")
     job = Job.read(folder)
     use_cores(threads)
@@ -97,8 +95,10 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
+    backend = start.fields["approved"]["backend"]
     with limited_by("import_s", "init_s"):  # Another rank may still be importing when this one comes.
-        opened = open_mpi(membership.world, timeout_s=job.timeouts.import_s + job.timeouts.init_s)
+        until_open_s = job.timeouts.import_s + job.timeouts.init_s
+        opened = open_communicator(backend, membership.world, until_open_s, job.timeouts.collective_s)
     communicator = WatchedCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator, GraphCollectives, ReduceOp
 from allreduce_spark.errors import CollectiveTimeoutError
@@ -33,10 +35,12 @@ class WatchedCommunicator:
     """Does what another `Communicator` does, and writes onto the status page when it is at it."""
 
     def __init__(self, communicator: Communicator, status: StatusPage) -> None:
-        self._communicator, self._status, self._waited_s = communicator, status, 0.0
+        self._communicator, self._status, self._waited_s, self._began = communicator, status, 0.0, 0.0
         self.rank, self.world_size = communicator.rank, communicator.world_size
         self.timeout_s = communicator.timeout_s
-        self.graph: GraphCollectives | None = communicator.graph
+        self.graph: GraphCollectives | None = (
+            None if communicator.graph is None else _WatchedGraph(communicator.graph, self._begin, self._end)
+        )
 
     def allreduce(self, buffer: np.ndarray, op: ReduceOp = ReduceOp.SUM, *, timeout_s: float | None = None) -> None:
         with self._waiting(timeout_s) as limit_s:
@@ -63,8 +67,7 @@ class WatchedCommunicator:
     @contextlib.contextmanager
     def _waiting(self, timeout_s: float | None) -> Iterator[float]:
         """Yield the deadline of a collective."""
-        began = time.perf_counter()
-        self._status.write_waiting(True, self._waited_s)
+        self._begin()
         try:
             if timeout_s is not None:
                 yield timeout_s
@@ -72,5 +75,38 @@ class WatchedCommunicator:
             with limited_by("collective_s"):
                 yield self.timeout_s
         finally:
-            self._waited_s += time.perf_counter() - began
-            self._status.write_waiting(False, self._waited_s)
+            self._end()
+
+    def _begin(self) -> None:
+        self._began = time.perf_counter()
+        self._status.write_waiting(True, self._waited_s)
+
+    def _end(self) -> None:
+        self._waited_s += time.perf_counter() - self._began
+        self._status.write_waiting(False, self._waited_s)
+
+
+class _WatchedGraph:
+    """Says in the graph, too, when the rank waits: from when the tensors are there until they are reduced.
+
+    On a GPU they count as there when they have been asked for, so the rank's own computing is part of its waiting.
+    """
+
+    def __init__(self, graph: GraphCollectives, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._graph, self._begin, self._end = graph, begin, end
+
+    def allreduce_sum(self, tensors: list[Any]) -> list[Any]:
+        with tf.control_dependencies(tensors), tf.control_dependencies([_call(self._begin)]):
+            reduced = self._graph.allreduce_sum([tf.identity(tensor) for tensor in tensors])
+        with tf.control_dependencies(reduced), tf.control_dependencies([_call(self._end)]):
+            return [tf.identity(tensor) for tensor in reduced]
+
+
+def _call(function: Callable[[], None]) -> Any:
+    """An operation that calls a function when the step runs."""
+
+    def call() -> np.int32:
+        function()
+        return np.int32(0)  # it has to return something
+
+    return tf.numpy_function(call, [], tf.int32)

@@ -1,7 +1,8 @@
-"""Groups of ranks for the tests: threads on a `LocalGroup`, or real MPI processes that this process answers PMI to.
+"""Groups of ranks for the tests: threads on a `LocalGroup`, or real processes of MPI or Horovod that this one answers PMI to.
 
 No mpirun: each rank is a child with one end of a socket pair as its `PMI_FD`; one thread here reads the other ends and
-asks a `KeySpace` what to reply. Starting a rank costs about 0.4 s, so healthy groups serve many tests.
+asks a `KeySpace` what to reply. Starting a rank costs about 0.4 s with MPI and 4 s with Horovod, which needs TensorFlow, so
+healthy groups serve many tests.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from allreduce_spark.communicator.horovod_environment import installed, interface_environment
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.errors import RankFailedError
@@ -84,10 +87,10 @@ class LocalRanks(Ranks):
         pass
 
 
-class MPIRanks(Ranks):
+class ProcessRanks(Ranks):
     """Processes of `rank_process.py`, on hosts that `nodes` makes up: ranks of different nodes talk by TCP."""
 
-    def __init__(self, nodes: list[int], timeout_s: float) -> None:
+    def __init__(self, nodes: list[int], timeout_s: float, backend: str = "mpi") -> None:
         self.world_size, self.timeout_s = len(nodes), timeout_s
         key_space = KeySpace(f"test-{secrets.token_hex(8)}", len(nodes), process_mapping(nodes))
         pmi_pairs = [socket.socketpair() for _ in nodes]
@@ -95,7 +98,7 @@ class MPIRanks(Ranks):
         self.processes: list[subprocess.Popen[bytes]] = []
         for world, (_, ranks_end) in zip(worlds_of(nodes), pmi_pairs, strict=True):
             variables = environment(world.rank, world.world_size, ranks_end.fileno())
-            control, process = start_one_rank(world, timeout_s, variables, [ranks_end.fileno()])
+            control, process = start_one_rank(world, timeout_s, variables, [ranks_end.fileno()], backend)
             self.controls.append(control)
             self.processes.append(process)
             ranks_end.close()
@@ -153,14 +156,15 @@ class MPIRanks(Ranks):
 
 
 def start_one_rank(
-    world: World, timeout_s: float, variables: dict[str, str], fds: list[int]
+    world: World, timeout_s: float, variables: dict[str, str], fds: list[int], backend: str = "mpi"
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Start one rank's process, and return our end of its control connection with it."""
     control, ranks_control = Pipe()
     place = (world.rank, world.world_size, world.local_rank, world.local_size, world.node_rank)
+    interface = {**mpi_environment("lo"), **interface_environment("lo")}
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *map(str, (ranks_control.fileno(), *place, timeout_s))],
-        env={**os.environ, **mpi_environment("lo"), **variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(PROGRAM), *map(str, (ranks_control.fileno(), *place, timeout_s, backend))],
+        env={**os.environ, **interface, **variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         pass_fds=[ranks_control.fileno(), *fds],
         cwd=REPOSITORY,
     )
@@ -203,10 +207,16 @@ def reply_to_line(key_space: KeySpace, connections: list[socket.socket], rank: i
 
 
 def start(backend: str, world_size: int, timeout_s: float) -> Any:
-    """`local`: threads. `mpi`: processes with shared memory. `tcp`: processes that take each other for other hosts."""
+    """`local`: threads. `mpi`: processes with shared memory. `tcp`: processes that take each other for other hosts.
+
+    `horovod`, `horovod-mpi`: processes of Horovod, with either controller.
+    """
     if backend == "local":
         return LocalRanks(world_size, timeout_s)
-    return MPIRanks([rank if backend == "tcp" else 0 for rank in range(world_size)], timeout_s)
+    if backend.startswith("horovod") and installed() is None:
+        pytest.skip("Horovod is not installed: allreduce-spark install-horovod")
+    nodes = [rank if backend == "tcp" else 0 for rank in range(world_size)]
+    return ProcessRanks(nodes, timeout_s, "mpi" if backend == "tcp" else backend)
 
 
 @pytest.fixture(scope="session")
@@ -221,8 +231,24 @@ def start_rank() -> Any:
     return start_one_rank
 
 
+@pytest.fixture
+def start_group() -> Any:
+    """A context manager for a group that the test may break: start_group(backend, world_size, timeout_s)."""
+
+    @contextmanager
+    def started(backend: str, world_size: int, timeout_s: float) -> Iterator[Any]:
+        group = start(backend, world_size, timeout_s)
+        try:
+            yield group
+        finally:
+            group.kill()
+
+    return started
+
+
 GROUPS = [(backend, size) for backend in ("local", "mpi") for size in (1, 2, 3, 4)] + [("tcp", 3)]
-DOOMED_GROUPS = [("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2)]
+GROUPS += [("horovod", size) for size in (1, 2, 3)] + [("horovod-mpi", 2)]
+DOOMED_GROUPS = [("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2), ("horovod", 3), ("horovod-mpi", 2)]
 
 
 @pytest.fixture(scope="module", params=GROUPS, ids=lambda each: f"{each[0]}-{each[1]}")
@@ -247,7 +273,7 @@ def doomed_ranks(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 @pytest.fixture(params=["mpi", "tcp"])
-def mpi_ranks(request: pytest.FixtureRequest) -> Iterator[MPIRanks]:
+def mpi_ranks(request: pytest.FixtureRequest) -> Iterator[ProcessRanks]:
     """Two new MPI processes, for a test that breaks them."""
     group = start(request.param, 2, timeout_s=30.0)
     try:

@@ -1,9 +1,9 @@
-"""What each rank does in the tests of a communicator; as a program, the process of one MPI rank.
+"""What each rank does in the tests of a communicator; as a program, the process of one rank of MPI or Horovod.
 
 A test names a function of this file, and every rank calls it with its communicator: a thread for `local`, a process
-for `mpi`. The file is loaded by its path, and imports little, because every rank pays for it.
+otherwise. The file is loaded by its path, and imports little, because every rank pays for it.
 
-    python rank_process.py CONTROL_FD RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE NODE_RANK TIMEOUT_S
+    python rank_process.py CONTROL_FD RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE NODE_RANK TIMEOUT_S BACKEND
 """
 
 from __future__ import annotations
@@ -228,6 +228,24 @@ def raise_out_of_the_program(communicator: Communicator, rank: int, timeout_s: f
     communicator.barrier(timeout_s=timeout_s)
 
 
+def summed_in_a_graph(
+    communicator: Communicator, steps: int, silent: int | None = None
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sum in a compiled graph, several times; what comes of it, and of the same sum by numpy."""
+    import tensorflow as tf
+
+    assert communicator.graph is not None
+    if communicator.rank == silent:
+        return None
+    own = random_array("float32", (1000,), 5, communicator.rank)
+    summed = tf.function(lambda tensor: communicator.graph.allreduce_sum([tensor])[0])
+    for _ in range(steps):
+        result = summed(tf.constant(own)).numpy()
+    if silent is None:
+        communicator.allreduce(own)
+    return result, own
+
+
 def names_of_own_segments(communicator: Communicator) -> list[str]:
     communicator.allreduce(np.ones(100_000))
     return sorted(shared_memory_segments(os.getpid()))
@@ -242,12 +260,13 @@ def receive(control: Connection) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    from allreduce_spark.communicator.mpi import open_mpi
+    from allreduce_spark.training.opening import open_communicator
 
     control = Connection(int(arguments[0]))
     world = World(*map(int, arguments[1:6]))
     try:
-        communicator = open_mpi(world, timeout_s=float(arguments[6]))
+        timeout_s = float(arguments[6])
+        communicator = open_communicator(arguments[7], world, timeout_s, collective_s=timeout_s)
     except Exception as error:
         send(control, (type(error).__name__, str(error)))
         return

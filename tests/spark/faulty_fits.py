@@ -204,6 +204,7 @@ def fit(
     timeouts: Timeouts | None = None,
     pause_s: float = 0.0,
     model: keras.Model | None = None,
+    backend: str = "mpi",
     **arguments: Any,
 ) -> Outcome:
     """Fit on two ranks.
@@ -212,12 +213,13 @@ def fit(
         faults: All of them must come.
         folder: Where they leave their marks.
         pause_s: After each step.
+        backend: What the ranks reduce by.
     """
     model = model or compiled()
     stopping = keras.callbacks.EarlyStopping("val_loss", min_delta=0.5, patience=1, restore_best_weights=True)
     planned = [Faults(folder, *faults, pause_s=pause_s)] if folder else []
     settings = {**SETTINGS, "checkpoint": Checkpoint(every_steps=2), "callbacks": [stopping, *planned], **arguments}
-    history = SparkModel(model, num_ranks=2, timeouts=timeouts).fit((X, Y), **settings)
+    history = SparkModel(model, num_ranks=2, backend=backend, timeouts=timeouts).fit((X, Y), **settings)
     assert folder is None or len(list(folder.glob("fault-*"))) == len(faults), "not every fault has come"
     return Outcome(model.get_weights(), [each.numpy() for each in model.optimizer.variables], history.history)
 

@@ -14,7 +14,9 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block
@@ -85,16 +87,43 @@ def write_numbered_shard(tmp_path):
     return lambda part, spec=None: write_shard(tmp_path / f"shard{next(numbers)}", part, spec)
 
 
+class ThreadsInGraph:
+    """The graph's collectives of a rank that is a thread: on a group of its own, because nothing orders them among others."""
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+
+    def allreduce_sum(self, tensors: list[Any]) -> list[Any]:
+        def reduce(array: np.ndarray) -> np.ndarray:
+            buffer = array.copy()
+            self._communicator.allreduce(buffer)
+            return buffer
+
+        reduced = [tf.numpy_function(reduce, [tensor], tensor.dtype) for tensor in tensors]
+        for tensor, local in zip(reduced, tensors, strict=True):
+            tensor.set_shape(local.shape)
+        return reduced
+
+
 @pytest.fixture
 def fit_ranks(tmp_path):
     """Returns fit(model, parts, config, ...): train copies of `model`; parts are (x, y[, weight]), one for each shard.
 
-    There are as many ranks as parts, or `num_ranks`.
+    There are as many ranks as parts, or `num_ranks`. With `in_graph`, their communicator has collectives for the graph.
     """
     folders = (tmp_path / f"fit{number}" for number in itertools.count())
 
     def fit(
-        model, parts, config, callbacks=list, validation=None, *, num_ranks=None, checkpoint=None, resume=None
+        model,
+        parts,
+        config,
+        callbacks=list,
+        validation=None,
+        *,
+        num_ranks=None,
+        checkpoint=None,
+        resume=None,
+        in_graph=False,
     ) -> list[Fitted]:
         folder = next(folders)
         folder.mkdir()
@@ -107,7 +136,10 @@ def fit_ranks(tmp_path):
         tests = [write_shard(folder / f"test{n}", p, spec) for n, p in enumerate(validation or [empty] * len(parts))]
         rows, validation_rows = tuple(map(len, shards)), tuple(map(len, tests))
         world_size = num_ranks or len(parts)
-        group = LocalGroup(world_size, timeout_s=120)
+        group, graphs = LocalGroup(world_size, timeout_s=120), LocalGroup(world_size, timeout_s=120)
+        if in_graph:
+            for communicator, of_graph in zip(group.communicators, graphs.communicators, strict=True):
+                communicator.graph = ThreadsInGraph(of_graph)
 
         copies = [
             load_model(archive, objects) for _ in range(world_size)
@@ -140,6 +172,7 @@ def fit_ranks(tmp_path):
             except BaseException as error:
                 traceback.print_exc()
                 communicator.abort(repr(error))
+                graphs.communicators[rank].abort(repr(error))
                 raise
             return Fitted(copy, history.history, digests.digests, history.epoch, saved)
 

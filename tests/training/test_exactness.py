@@ -106,6 +106,22 @@ def test_ranks_on_uneven_shards_end_with_the_weights_of_one_process(
     assert_same_history(ranks, reference)
 
 
+@pytest.mark.parametrize("build", [mlp, cnn, embedding])
+def test_gradients_that_are_reduced_in_the_graph_are_those_of_one_process(fit_ranks, fit_reference, build):
+    model, config = build(keras.optimizers.Adam(0.01)), FitConfig(epochs=3, batch_size=8, seed=7)
+    parts = data_for(model, SIZES[4])
+    ranks, reference = fit_ranks(model, parts, config, in_graph=True), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+
+
+def test_the_graph_and_numpy_reduce_to_the_same_bits(fit_ranks):
+    model, config = mlp("adam"), FitConfig(epochs=3, batch_size=8, seed=7)
+    parts = dense_data(SIZES[3])
+    in_graph, by_numpy = (fit_ranks(model, parts, config, in_graph=there) for there in (True, False))
+    assert in_graph[0].digests == by_numpy[0].digests
+
+
 def test_one_rank_has_the_bits_of_plain_keras(fit_ranks, fit_reference):
     model, parts, config = mlp("adam"), dense_data(SIZES[1]), FitConfig(epochs=2, batch_size=8)
     (rank,), reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.errors import CollectiveTimeoutError
@@ -60,3 +61,35 @@ def test_a_collective_that_takes_too_long_names_the_setting_that_limits_it(tmp_p
 
     assert error_of().endswith("rank 1 in barrier(). If the ranks are only slow, raise Timeouts.collective_s")
     assert error_of(timeout_s=0.2).endswith("rank 1 in barrier(). If the ranks are only slow, raise Timeouts.result_s")
+
+
+class Looking:
+    """A graph collective that looks at the rank's status page while it reduces."""
+
+    def __init__(self, status: StatusPage) -> None:
+        self.status, self.seen = status, []
+
+    def allreduce_sum(self, tensors):
+        def look(array: np.ndarray) -> np.ndarray:
+            self.seen.append(self.status.read_waiting()[0])
+            time.sleep(0.05)
+            return 2 * array
+
+        return [tf.numpy_function(look, [tensor], tensor.dtype) for tensor in tensors]
+
+
+def test_a_rank_is_seen_to_wait_within_a_graph_too(tmp_path: Path) -> None:
+    status, communicator = StatusPage(tmp_path / "status"), LocalGroup(1, timeout_s=30).communicators[0]
+    communicator.graph = Looking(status)
+    graph = WatchedCommunicator(communicator, status).graph
+    assert graph is not None
+
+    @tf.function
+    def step(tensor):
+        return graph.allreduce_sum([tensor])[0]
+
+    assert step(tf.ones(3)).numpy().tolist() == [2, 2, 2]
+    assert communicator.graph.seen == [True]
+    is_waiting, waited_s = status.read_waiting()
+    assert not is_waiting
+    assert waited_s >= 0.05

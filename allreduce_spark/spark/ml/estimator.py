@@ -77,6 +77,7 @@ class AllReduceEstimator(Estimator[AllReduceTransformer], FitParams, Persistent)
             model,
             self.getOrDefault(self.numRanks) or None,
             sync_every=self.getOrDefault(self.syncEvery),
+            backend=self.getOrDefault(self.backend),
             custom_objects=self.getOrDefault(self.customObjects),
         )
         history = spark_model.fit(

@@ -6,7 +6,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from allreduce_spark.config import Checkpoint
+from allreduce_spark.config import BACKENDS, Checkpoint
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.ml.params import ColumnParams, count, names, one_of, param, text
 
@@ -80,6 +80,12 @@ class FitParams(ColumnParams):
         "k local steps, or after each epoch",
         _sync,
     )
+    backend = param(
+        "backend",
+        'what the ranks reduce by: "mpi"; "horovod" or "horovod-mpi", where it is installed; "auto" for Horovod where all '
+        "ranks have GPUs and it can use them, else MPI",
+        one_of(*BACKENDS),
+    )
     validationSplit = param(
         "validationSplit",
         "share of the rows to validate on, the last ones of each rank",
@@ -151,6 +157,7 @@ class FitParams(ColumnParams):
             batchSize=32,
             numRanks=0,
             syncEvery=1,
+            backend="mpi",
             validationSplit=0.0,
             shuffle=True,
             verbose=0,
