@@ -40,6 +40,7 @@ OTHERS = {
     "mllib.py": [],
     "pipeline.py": [],
     "features.py": [],
+    "loop.py": [],
     "search.py": ["--max-trials", "4", "--epochs", "5"],
 }
 
@@ -74,6 +75,7 @@ def outputs() -> dict[str, str]:
         ("mllib.py", rf"held-out accuracy {NUMBER}", [0.9]),
         ("pipeline.py", rf"held-out accuracy {NUMBER} on wines, R2 {NUMBER} on diabetes", [0.93, 0.35]),
         ("features.py", rf"held-out accuracy {NUMBER} from features", [0.95]),
+        ("loop.py", rf"held-out accuracy {NUMBER}", [0.95]),
         ("search.py", rf"accuracy {NUMBER}, of . models together {NUMBER}", [0.8] * 2),
     ],
 )

@@ -279,7 +279,8 @@ def stalled_for_long(stations: Sequence[Station], now: float, timeouts: Timeouts
 
 def stragglers(stations: Sequence[Station]) -> list[str]:
     """What to say, once, of ranks that keep the others waiting at every step, because they work so much longer for it."""
-    measured = [station for station in stations if station.step_s is not None]
+    # What a function of the user's own does between two collectives need not be the same on all ranks.
+    measured = [station for station in stations if station.step_s is not None and station.phase is not Phase.FUNCTION]
     if len(measured) < 2:
         return []
     usual = statistics.median(station.step_s or 0.0 for station in measured)

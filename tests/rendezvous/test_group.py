@@ -265,9 +265,9 @@ def test_a_rank_that_takes_long_for_a_step_is_named_until_it_goes_on():
     assert stalled_for_long([station(0, Phase.IMPORT, since=11)], NOW, timeouts) == []
 
 
-def working(rank: int, step_s: float, waited_s: float) -> Station:
+def working(rank: int, step_s: float, waited_s: float, phase: Phase = Phase.TRAIN) -> Station:
     """A rank of which two heartbeats tell how long it works for a step, and how long it waits then."""
-    one = station(rank, Phase.TRAIN)
+    one = station(rank, phase)
     one.note_waiting(False, 0.0, 0, 100, NOW)
     one.note_waiting(True, 20 * waited_s, 0, 120, NOW + 20 * (step_s + waited_s))
     return one
@@ -284,6 +284,12 @@ def test_ranks_that_are_about_as_fast_are_not_named():
     assert stragglers([working(0, 0.1, 0.0), working(1, 0.12, 0.0)]) == []
     assert stragglers([working(0, 0.001, 0.01), working(1, 0.009, 0.0)]) == []
     assert stragglers([working(0, 0.5, 0.0)]) == []
+
+
+def test_ranks_in_a_function_of_the_users_own_may_differ_and_take_their_time():
+    stations = [working(rank, step_s, 0.0, Phase.FUNCTION) for rank, step_s in enumerate((0.1, 0.3, 0.1))]
+    assert stragglers(stations) == []
+    assert stalled_for_long(stations, NOW + 1e6, TIMEOUTS) == []
 
 
 def test_time_is_measured_anew_in_every_epoch():
