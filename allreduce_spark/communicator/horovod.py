@@ -225,7 +225,7 @@ class HorovodCommunicator:
             others = [rank for rank in range(self.world_size) if rank != self.rank]
             raise CollectiveTimeoutError(
                 f"rank {self.rank} waited {time.monotonic() - started:.1f} s in {call} for {name_ranks(others)}, of which one "
-                f"at least did not come. If the ranks are only slow, raise Timeouts.collective_s (now {limit_s:g})."
+                "at least did not come"
             ) from None
         finally:
             self._waiting = None

@@ -22,8 +22,6 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.training.forking import die_with, fork_ranks
 
 CAUSE_CHARACTERS = 20_000
-# In errors of TensorFlow's: what a numpy collective raised in a graph, and what Horovod's operations say there.
-_LOST_THE_OTHERS = ("CollectiveError", "CollectiveTimeoutError", "Horovod has been shut down", "gloo/transport")
 
 
 def main() -> None:
@@ -83,7 +81,9 @@ def _cause(error: BaseException) -> str:
 
 def _is_consequence(error: BaseException) -> bool:
     """Whether another rank's failure may be behind this one; TensorFlow wraps what the all-reduce raises in the graph."""
-    return isinstance(error, CollectiveError) or any(words in str(error) for words in _LOST_THE_OTHERS)
+    return (
+        isinstance(error, CollectiveError) or "CollectiveError" in str(error) or "CollectiveTimeoutError" in str(error)
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.opening import open_communicator
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
 from allreduce_spark.world import World
 
 __all__ = ["FunctionJob", "run_function"]
@@ -76,7 +76,9 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     communicator = _CountingCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
-    result = _pickled(function(communicator, *arguments, **named), function, world.rank)
+    with within_graphs():
+        value = function(communicator, *arguments, **named)
+    result = _pickled(value, function, world.rank)
     with limited_by("function_s"):
         communicator.barrier(timeout_s=job.timeouts.function_s)  # others may have much more to do
     status.write(Phase.RESULT)

@@ -41,7 +41,7 @@ from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
 from allreduce_spark.world import Membership, World
 
 __all__ = ["Checkpointing", "run_rank", "train"]
@@ -153,6 +153,7 @@ def _announce(channel: Channel, job: Job, kind: str, fields: dict[str, Any]) -> 
             )
 
 
+@within_graphs()
 def train(
     model: keras.Model,
     communicator: Communicator,

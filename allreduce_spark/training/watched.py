@@ -11,10 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator, GraphCollectives, ReduceOp
-from allreduce_spark.errors import CollectiveTimeoutError
+from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
 
-__all__ = ["WatchedCommunicator", "limited_by"]
+__all__ = ["WatchedCommunicator", "limited_by", "within_graphs"]
+
+# What Horovod's operations say where another rank is gone, or one did not come and Horovod has given up the group.
+_LOST = ("Horovod has been shut down", "gloo/transport")
 
 
 @contextlib.contextmanager
@@ -29,6 +32,24 @@ def limited_by(*settings: str) -> Iterator[None]:
     except CollectiveTimeoutError as error:
         names = " or ".join(f"Timeouts.{name}" for name in settings)
         raise CollectiveTimeoutError(f"{error}. If the ranks are only slow, raise {names}") from error
+
+
+@contextlib.contextmanager
+def within_graphs() -> Iterator[None]:
+    """Let a collective that fails within a compiled graph fail as those of numpy buffers do.
+
+    Raises:
+        CollectiveError: In the place of TensorFlow's error.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if not any(words in error.message for words in _LOST):
+            raise
+        raise CollectiveError(
+            f"the other ranks were lost within a step ({error.message.strip().splitlines()[0]}). If none of them has failed, "
+            "one did not come in time: then raise Timeouts.collective_s"
+        ) from error
 
 
 class WatchedCommunicator:

@@ -1,13 +1,14 @@
 """Groups of ranks for the tests: threads on a `LocalGroup`, or real processes of MPI or Horovod that this one answers PMI to.
 
 No mpirun: each rank is a child with one end of a socket pair as its `PMI_FD`; one thread here reads the other ends and
-asks a `KeySpace` what to reply. Starting a rank costs about 0.4 s with MPI and 4 s with Horovod, which needs TensorFlow, so
-healthy groups serve many tests.
+asks a `KeySpace` what to reply. Starting a rank costs about 0.4 s, so healthy groups serve many tests. Ranks of Horovod, which
+needs TensorFlow, are forked from a process that has imported it, and cost no more.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
 import secrets
 import selectors
@@ -26,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from allreduce_spark.communicator.horovod_environment import installed, interface_environment
+from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.errors import RankFailedError
@@ -95,10 +96,13 @@ class ProcessRanks(Ranks):
         key_space = KeySpace(f"test-{secrets.token_hex(8)}", len(nodes), process_mapping(nodes))
         pmi_pairs = [socket.socketpair() for _ in nodes]
         self.controls: list[Connection] = []
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Any] = []
         for world, (_, ranks_end) in zip(worlds_of(nodes), pmi_pairs, strict=True):
-            variables = environment(world.rank, world.world_size, ranks_end.fileno())
-            control, process = start_one_rank(world, timeout_s, variables, [ranks_end.fileno()], backend)
+            if backend == "mpi":
+                variables = environment(world.rank, world.world_size, ranks_end.fileno())
+                control, process = start_one_rank(world, timeout_s, variables, [ranks_end.fileno()])
+            else:
+                control, process = fork_one_rank(world, timeout_s, ranks_end, backend)
             self.controls.append(control)
             self.processes.append(process)
             ranks_end.close()
@@ -156,18 +160,50 @@ class ProcessRanks(Ranks):
 
 
 def start_one_rank(
-    world: World, timeout_s: float, variables: dict[str, str], fds: list[int], backend: str = "mpi"
+    world: World, timeout_s: float, variables: dict[str, str], fds: list[int]
 ) -> tuple[Connection, subprocess.Popen[bytes]]:
     """Start one rank's process, and return our end of its control connection with it."""
     control, ranks_control = Pipe()
-    place = (world.rank, world.world_size, world.local_rank, world.local_size, world.node_rank)
-    interface = {**mpi_environment("lo"), **interface_environment("lo")}
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), *map(str, (ranks_control.fileno(), *place, timeout_s, backend))],
-        env={**os.environ, **interface, **variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(PROGRAM), *arguments_of(ranks_control, world, timeout_s, "mpi")],
+        env={**os.environ, **mpi_environment("lo"), **variables, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         pass_fds=[ranks_control.fileno(), *fds],
         cwd=REPOSITORY,
     )
+    ranks_control.close()
+    return control, process
+
+
+def arguments_of(ranks_control: Connection, world: World, timeout_s: float, backend: str) -> list[str]:
+    place = (world.rank, world.world_size, world.local_rank, world.local_size, world.node_rank)
+    return [str(each) for each in (ranks_control.fileno(), *place, timeout_s, backend)]
+
+
+class ForkedRank(multiprocessing.get_context("forkserver").Process):  # type: ignore[misc]
+    """A rank with what tests use of a `subprocess.Popen`."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.name, timeout or 0.0)
+        return self.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+
+def fork_one_rank(world: World, timeout_s: float, pmi: socket.socket, backend: str) -> tuple[Connection, ForkedRank]:
+    """As `start_one_rank`, from a process that is started once and imports TensorFlow."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tensorflow"])
+    if str(PROGRAM.parent) not in sys.path:
+        sys.path.append(str(PROGRAM.parent))  # where the rank finds the program's module
+    control, ranks_control = Pipe()
+    process = ForkedRank(
+        target=PROGRAM_MODULE.be_forked, args=(ranks_control, pmi, world, timeout_s, backend), daemon=True
+    )
+    process.start()
     ranks_control.close()
     return control, process
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -21,8 +22,10 @@ from typing import Any
 import numpy as np
 
 from allreduce_spark.communicator.base import Communicator, ReduceOp
-from allreduce_spark.communicator.mpich import shared_memory_segments
+from allreduce_spark.communicator.horovod_environment import interface_environment
+from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
+from allreduce_spark.rendezvous.pmi import environment
 from allreduce_spark.world import World
 
 
@@ -260,13 +263,24 @@ def receive(control: Connection) -> Any:
 
 
 def main(arguments: list[str]) -> None:
+    serve(Connection(int(arguments[0])), World(*map(int, arguments[1:6])), float(arguments[6]), arguments[7])
+
+
+def be_forked(control: Connection, pmi: socket.socket, world: World, timeout_s: float, backend: str) -> None:
+    """The same in a process that `multiprocessing` has forked."""
+    of_interface = {**mpi_environment("lo"), **interface_environment("lo")}
+    os.environ.update({**of_interface, **environment(world.rank, world.world_size, pmi.fileno())})
+    serve(control, world, timeout_s, backend)
+
+
+def serve(control: Connection, world: World, timeout_s: float, backend: str) -> None:
+    """Open the communicator, and run what the test names until it names nothing."""
     from allreduce_spark.training.opening import open_communicator
 
-    control = Connection(int(arguments[0]))
-    world = World(*map(int, arguments[1:6]))
     try:
-        timeout_s = float(arguments[6])
-        communicator = open_communicator(arguments[7], world, timeout_s, collective_s=timeout_s)
+        # Ranks come when they come: the deadline is of the collectives.
+        communicator = open_communicator(backend, world, max(timeout_s, 30.0), collective_s=timeout_s)
+        communicator.timeout_s = timeout_s
     except Exception as error:
         send(control, (type(error).__name__, str(error)))
         return

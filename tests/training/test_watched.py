@@ -13,9 +13,9 @@ import pytest
 import tensorflow as tf
 
 from allreduce_spark.communicator.local import LocalGroup
-from allreduce_spark.errors import CollectiveTimeoutError
+from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
 
 
 def test_a_rank_is_seen_to_wait_and_the_one_that_is_waited_for_is_not(tmp_path: Path) -> None:
@@ -93,3 +93,20 @@ def test_a_rank_is_seen_to_wait_within_a_graph_too(tmp_path: Path) -> None:
     is_waiting, waited_s = status.read_waiting()
     assert not is_waiting
     assert waited_s >= 0.05
+
+
+def test_a_rank_that_is_lost_within_a_graph_is_a_collective_error_and_other_errors_stay_what_they_are() -> None:
+    def step(message):
+        def fail():
+            raise tf.errors.UnknownError(None, None, message)
+
+        return fail
+
+    for message in (
+        "Horovod has been shut down. This was caused by",
+        "[/b/gloo/transport/tcp/pair.cc:598] Connection closed",
+    ):
+        with pytest.raises(CollectiveError, match=r"within a step.*Timeouts\.collective_s"), within_graphs():
+            step(message)()
+    with pytest.raises(tf.errors.UnknownError, match="of the user's"), within_graphs():
+        step("an error of the user's")()
