@@ -107,8 +107,9 @@ def rank_environment(
         "CONTROLLER": controller,
         "CPU_OPERATIONS": controller,
         "GLOO_TIMEOUT_SECONDS": int(longest_s),
-        "STALL_CHECK_TIME_SECONDS": max(1, int(collective_s) // 2),
-        "STALL_SHUTDOWN_TIME_SECONDS": max(1, int(collective_s)),
+        # Horovod looks once in each check time, and counts for tensors that it knows from the second look on.
+        "STALL_CHECK_TIME_SECONDS": max(1, int(0.1 * collective_s)),
+        "STALL_SHUTDOWN_TIME_SECONDS": max(1, int(0.8 * collective_s)),
     }
     if gloo_store:
         settings |= dict(zip(("GLOO_RENDEZVOUS_ADDR", "GLOO_RENDEZVOUS_PORT"), gloo_store, strict=True))
