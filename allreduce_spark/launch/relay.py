@@ -52,7 +52,7 @@ def hear(driver: Connection) -> list[Message]:
     try:
         messages = driver.messages()
     except EOFError as error:
-        raise RendezvousError("the driver is gone; this rank ends") from error
+        raise RendezvousError(f"the driver is gone: {error}") from error
     if any(message.kind == "abort" for message in messages):
         raise Aborted
     return messages

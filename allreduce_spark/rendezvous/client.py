@@ -106,6 +106,7 @@ class Connection(Channel):
         self.local_address: str = sock.getsockname()[0]
         self.heard_at = time.monotonic()
         self._closing = threading.Event()
+        self._lost = ""  # why nothing can be sent any more
 
     def send(self, kind: str, body: bytes = b"", **fields: Any) -> None:
         """Send one message; may be called from several threads.
@@ -113,19 +114,26 @@ class Connection(Channel):
         Raises:
             RendezvousError: The driver is gone.
         """
-        try:
-            super().send(kind, body, **fields)
-        except OSError as error:
-            # Half a frame may be on its way, so nothing may follow it; the reading side is to see the end as well.
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            why = f"a '{kind}' message could not be sent ({error})"
-            if isinstance(error, TimeoutError):
-                why = f"it did not take a '{kind}' message within {self._silence_s:g} s. Setting: Timeouts.silence_s"
-            raise RendezvousError(f"the driver is gone: {why}") from error
+        with self._sending:
+            if self._lost:
+                raise RendezvousError(f"the driver is gone: {self._lost}")
+            try:
+                self._socket.sendall(self._codec.encode(Message(kind, fields, body)))
+            except OSError as error:
+                self._lost = f"a '{kind}' message could not be sent ({error})"
+                if isinstance(error, TimeoutError):
+                    limit = f"within {self._silence_s:g} s. Setting: Timeouts.silence_s"
+                    self._lost = f"it did not take a '{kind}' message {limit}"
+                # Half a frame may be on its way, so nothing may follow it; the reading side is to see the end as well.
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+                raise RendezvousError(f"the driver is gone: {self._lost}") from error
 
     def messages(self) -> list[Message]:
-        received = super().messages()
+        try:
+            received = super().messages()
+        except EOFError as error:
+            raise EOFError(self._lost or str(error)) from error
         self.heard_at = time.monotonic()
         return received
 

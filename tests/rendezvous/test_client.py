@@ -281,9 +281,12 @@ def test_a_driver_that_is_gone_is_a_rendezvous_error_for_who_sends_and_eof_for_w
 
 def test_a_driver_that_takes_nothing_is_given_up_and_the_reading_side_learns_of_it(pair):
     connection, _ = pair
-    with pytest.raises(RendezvousError, match=r"did not take a 'result' message within 0.5 s.*Timeouts.silence_s"):
+    reason = r"did not take a 'result' message within 0.5 s.*Timeouts.silence_s"
+    with pytest.raises(RendezvousError, match=reason):
         send_many(connection, "result", bytes(1 << 20))
-    with pytest.raises(EOFError):
+    with pytest.raises(RendezvousError, match=reason):
+        connection.send("heartbeat")  # of another thread: half a frame is on its way
+    with pytest.raises(EOFError, match=reason):
         connection.receive(20)
 
 
