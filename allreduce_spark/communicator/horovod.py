@@ -6,7 +6,8 @@ name, and reduces those: within a compiled graph (`HorovodGraph`), where NCCL fi
 For buffers the contract is kept as in `mpi`: before any data move, the ranks gather what each is about to do (`Call`).
 Horovod itself would let ranks that disagree about a name wait for each other for ever. What may wait for ever runs in a
 thread of ours, so that whoever calls can leave at the deadline; that thread stays behind with the broken group. Within a
-graph Horovod keeps the deadline (HOROVOD_STALL_SHUTDOWN_TIME_SECONDS), and shuts the group down when it passes.
+graph Horovod keeps the deadline (HOROVOD_STALL_SHUTDOWN_TIME_SECONDS), and shuts the group down when it passes; but with its
+Gloo controller it never looks (0.28.1), and whoever started the ranks must see that they do not go on.
 
 After an error the process must be ended by `os._exit` or by a signal, as ranks are: Horovod's destructors wait for the
 others. Where Gloo or MPI fail while the communicator is being opened, Horovod ends the process itself.
