@@ -38,6 +38,22 @@ SHOWN_LINES = 25
 # Where TensorFlow's headers are, relative to its `include`.
 BUILDER_HEADER = "tensorflow/compiler/xla/client/xla_builder.h"  # until 2.18, and where Horovod looks for it
 BUILDER_PLACE = "xla/hlo/builder/xla_builder.h"  # since 2.19
+# With CUDA, Horovod also asks for a name and a function that 2.21 no longer has. Only one of its files includes this header.
+BUILDER_TEXT = f"""#include "{BUILDER_PLACE}"
+#if HAVE_CUDA
+#include <cuda_runtime.h>
+#include "absl/status/statusor.h"
+#include "xla/stream_executor/stream.h"
+namespace xla {{
+using absl::StatusOr;
+}}
+namespace stream_executor::gpu {{
+cudaStream_t AsGpuStreamValue(Stream* stream) {{
+  return static_cast<cudaStream_t>(stream->platform_specific_handle().stream);
+}}
+}}  // namespace stream_executor::gpu
+#endif
+"""
 VENDORED = ("external/highwayhash", "external/farmhash_archive/src")
 # 2.19 includes two headers of LLVM that it does not bring, to declare a class that Horovod does not use: any list will do.
 LLVM_USER = "xla/stream_executor/gpu/tma_metadata.h"
@@ -216,7 +232,7 @@ def _headers() -> tuple[list[Path], dict[str, str]]:
                 f"the build of Horovod needs TensorFlow's headers, and {include} has no {BUILDER_PLACE}: install TensorFlow "
                 "again."
             )
-        headers[BUILDER_HEADER] = f'#include "{BUILDER_PLACE}"\n'
+        headers[BUILDER_HEADER] = BUILDER_TEXT
     user = include / LLVM_USER
     if user.exists():
         for name in re.findall(r'#include "llvm/ADT/(\w+)\.h"', user.read_text()):

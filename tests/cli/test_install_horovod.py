@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -132,10 +133,41 @@ def test_the_compiler_finds_the_headers_of_a_tensorflow_that_has_moved_or_left_t
     assert environment["CPLUS_INCLUDE_PATH"].split(":") == [str(ours), str(vendored), "/mine"]
     assert {str(path.relative_to(ours)): path.read_text().count("#include") for path in ours.rglob("*.h")} == {
         "llvm/ADT/ArrayRef.h": 1,
-        "tensorflow/compiler/xla/client/xla_builder.h": 1,
+        "tensorflow/compiler/xla/client/xla_builder.h": 4,
     }
     assert environment["HOROVOD_WITH_MPI"] == "1"
     assert "HOROVOD_GPU_OPERATIONS" not in environment
+
+
+# What Horovod asks of TensorFlow where it is built with CUDA, and of TensorFlow and CUDA as much as that needs.
+HOROVOD_WITH_CUDA = """
+#include "tensorflow/compiler/xla/client/xla_builder.h"
+xla::StatusOr<int> status;
+namespace stream_executor { namespace gpu { cudaStream_t AsGpuStreamValue(Stream* stream); } }
+cudaStream_t stream(stream_executor::Stream* of) { return stream_executor::gpu::AsGpuStreamValue(of); }
+"""
+STREAM = """
+namespace stream_executor {
+struct Handle { void* stream; };
+struct Stream { Handle platform_specific_handle() const; };
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_build_with_cuda_is_given_what_tensorflow_no_longer_has(tmp_path):
+    for name, content in {
+        install_horovod.BUILDER_HEADER: install_horovod.BUILDER_TEXT,
+        install_horovod.BUILDER_PLACE: "namespace xla {}",
+        "absl/status/statusor.h": "namespace absl { template <typename T> class StatusOr {}; }",
+        "cuda_runtime.h": "typedef struct CUstream_st* cudaStream_t;",
+        "xla/stream_executor/stream.h": STREAM,
+        "horovod.cc": HOROVOD_WITH_CUDA,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    command = ["g++", "-std=c++17", "-Wall", "-Werror", "-DHAVE_CUDA=1", f"-I{tmp_path}", "-c", "horovod.cc"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
 
 
 def test_nothing_is_added_to_a_tensorflow_that_has_its_headers_where_horovod_looks(monkeypatch, tmp_path):
