@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark import SparkModel, Timeouts
-from allreduce_spark.spark import fit, slots
+from allreduce_spark.spark import ranks, slots
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import run_stage
 
@@ -95,7 +95,7 @@ def test_two_threads_that_each_want_all_slots_train_one_after_the_other(spark, m
         finally:
             running.pop()
 
-    monkeypatch.setattr(fit, "run_stage", watched)
+    monkeypatch.setattr(ranks, "run_stage", watched)
 
     def train(seed: int) -> list[float]:
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
