@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -63,7 +64,11 @@ def run(
     context = active_context()
     wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
     recovery = Recovery(max_restarts, min_ranks=wanted)
-    with scratch_folder() as folder, hold_slots(wanted, partial(count_slots, context)):
+    with (
+        scratch_folder() as folder,
+        hold_slots(wanted, partial(count_slots, context)),
+        contextlib.closing(Coordinator(Checkpoint())) as coordinator,
+    ):
         run_work(
             Work(
                 context=context,
@@ -74,7 +79,7 @@ def run(
                 backend=backend,
                 store=None,
                 approve=lambda joins: {"backend": choose_backend(backend, joins)},
-                coordinator=Coordinator(Checkpoint()),
+                coordinator=coordinator,
                 recovery=recovery,
                 spectator=_Nobody(),
                 results=folder,
