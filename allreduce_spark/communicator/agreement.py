@@ -6,6 +6,7 @@ both values in it, at once and on all of them, where MPI alone would crash, hang
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,17 @@ import numpy as np
 
 from allreduce_spark.communicator.base import ReduceOp
 
-__all__ = ["CALL_BYTES", "Call", "allgather_call", "allreduce_call", "broadcast_call", "disagreement", "name_ranks"]
+__all__ = [
+    "CALL_BYTES",
+    "Call",
+    "allgather_call",
+    "allreduce_call",
+    "arrays_of_ranks",
+    "broadcast_call",
+    "disagreement",
+    "name_ranks",
+    "sizes_of_ranks",
+]
 
 CALL_BYTES: Final = 64
 _ROWS_BYTES: Final = 8
@@ -125,3 +136,16 @@ def name_ranks(ranks: Sequence[int]) -> str:
     """`rank 0, 2`, and no more than a few of many."""
     listed = ", ".join(map(str, ranks[:8]))
     return f"rank {listed}" + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+
+
+def sizes_of_ranks(calls: Sequence[Call], buffer: np.ndarray) -> list[int]:
+    """How many bytes each rank brings to an `allgather`, to which this one brings `buffer`."""
+    row_bytes = math.prod(buffer.shape[1:]) * buffer.itemsize
+    return [call.rows * row_bytes for call in calls]
+
+
+def arrays_of_ranks(gathered: np.ndarray, calls: Sequence[Call], buffer: np.ndarray) -> list[np.ndarray]:
+    """What an `allgather` has brought, as one array for each rank; `gathered` are their bytes, one after the other."""
+    parts = np.split(gathered, np.cumsum(sizes_of_ranks(calls, buffer))[:-1])
+    shapes = [(call.rows, *buffer.shape[1:]) for call in calls]
+    return [part.view(buffer.dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -38,9 +38,11 @@ from allreduce_spark.communicator.agreement import (
     Call,
     allgather_call,
     allreduce_call,
+    arrays_of_ranks,
     broadcast_call,
     disagreement,
     name_ranks,
+    sizes_of_ranks,
 )
 from allreduce_spark.communicator.base import GraphCollectives, ReduceOp
 from allreduce_spark.communicator.horovod_environment import rank_environment
@@ -154,13 +156,10 @@ class HorovodCommunicator:
                     piece[...] = sent
 
     def allgather(self, buffer: np.ndarray, *, timeout_s: float | None = None) -> list[np.ndarray]:
-        row_bytes = math.prod(buffer.shape[1:]) * buffer.itemsize
         with self._agreed(allgather_call(buffer), timeout_s) as (calls, run):
-            sizes = [call.rows * row_bytes for call in calls]
-            gathered = np.array(run(partial(_gather, _as_bytes(buffer)))) if any(sizes) else np.empty(0, np.uint8)
-        parts = np.split(gathered, np.cumsum(sizes)[:-1])
-        shapes = [(call.rows, *buffer.shape[1:]) for call in calls]
-        return [part.view(buffer.dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+            is_empty = not any(sizes_of_ranks(calls, buffer))
+            gathered = np.empty(0, np.uint8) if is_empty else np.array(run(partial(_gather, _as_bytes(buffer))))
+        return arrays_of_ranks(gathered, calls, buffer)
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         with self._agreed(Call("barrier()"), timeout_s):

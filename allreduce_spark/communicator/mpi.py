@@ -21,7 +21,6 @@ After an error MPI must not be finalised, which would wait for the others; so `c
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
@@ -37,9 +36,11 @@ from allreduce_spark.communicator.agreement import (
     Call,
     allgather_call,
     allreduce_call,
+    arrays_of_ranks,
     broadcast_call,
     disagreement,
     name_ranks,
+    sizes_of_ranks,
 )
 from allreduce_spark.communicator.base import GraphCollectives, ReduceOp
 from allreduce_spark.communicator.mpich import shared_memory_segments
@@ -166,16 +167,13 @@ class MPICommunicator:
                 transfer(self._comm.Ibcast([_as_bytes(buffer), MPI.BYTE], root), buffer)
 
     def allgather(self, buffer: np.ndarray, *, timeout_s: float | None = None) -> list[np.ndarray]:
-        row_bytes = math.prod(buffer.shape[1:]) * buffer.itemsize
         with self._agreed(allgather_call(buffer), timeout_s) as (calls, transfer):
-            sizes = [call.rows * row_bytes for call in calls]
+            sizes = sizes_of_ranks(calls, buffer)
             gathered = np.empty(sum(sizes), np.uint8)
             if gathered.size:
                 received = [gathered, sizes, MPI.BYTE]
                 transfer(self._comm.Iallgatherv([_as_bytes(buffer), MPI.BYTE], received), (buffer, gathered))
-        parts = np.split(gathered, np.cumsum(sizes)[:-1])
-        shapes = [(call.rows, *buffer.shape[1:]) for call in calls]
-        return [part.view(buffer.dtype).reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return arrays_of_ranks(gathered, calls, buffer)
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         with self._agreed(Call("barrier()"), timeout_s):

@@ -18,8 +18,7 @@ from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.cores import use_cores
-from allreduce_spark.training.opening import open_communicator
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within, within_graphs
 from allreduce_spark.world import World
 
 __all__ = ["FunctionJob", "run_function"]
@@ -69,10 +68,7 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     status.write(Phase.INIT)
     world = World(**start.fields["membership"]["world"])
-    backend = start.fields["approved"]["backend"]
-    with limited_by("import_s", "init_s"):  # Another rank may still be importing when this one comes.
-        until_open_s = job.timeouts.import_s + job.timeouts.init_s
-        opened = open_communicator(backend, world, until_open_s, job.timeouts.collective_s)
+    opened = open_within(job.timeouts, start.fields["approved"]["backend"], world)
     communicator = _CountingCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 

@@ -34,14 +34,13 @@ from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
-from allreduce_spark.training.opening import open_communicator
 from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
 from allreduce_spark.training.order import ProgramOrder
 from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within, within_graphs
 from allreduce_spark.world import Membership, World
 
 __all__ = ["Checkpointing", "run_rank", "train"]
@@ -95,10 +94,7 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     membership = Membership(**{**start.fields["membership"], "world": World(**start.fields["membership"]["world"])})
     status.write(Phase.INIT)
-    backend = start.fields["approved"]["backend"]
-    with limited_by("import_s", "init_s"):  # Another rank may still be importing when this one comes.
-        until_open_s = job.timeouts.import_s + job.timeouts.init_s
-        opened = open_communicator(backend, membership.world, until_open_s, job.timeouts.collective_s)
+    opened = open_within(job.timeouts, start.fields["approved"]["backend"], membership.world)
     communicator = WatchedCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 

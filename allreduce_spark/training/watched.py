@@ -11,10 +11,13 @@ import numpy as np
 import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator, GraphCollectives, ReduceOp
+from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.opening import open_communicator
+from allreduce_spark.world import World
 
-__all__ = ["WatchedCommunicator", "limited_by", "within_graphs"]
+__all__ = ["WatchedCommunicator", "limited_by", "open_within", "within_graphs"]
 
 # What Horovod's operations say where another rank is gone, or one did not come and Horovod has given up the group.
 _LOST = ("Horovod has been shut down", "gloo/transport")
@@ -32,6 +35,12 @@ def limited_by(*settings: str) -> Iterator[None]:
     except CollectiveTimeoutError as error:
         names = " or ".join(f"Timeouts.{name}" for name in settings)
         raise CollectiveTimeoutError(f"{error}. If the ranks are only slow, raise {names}") from error
+
+
+def open_within(timeouts: Timeouts, backend: str, world: World) -> Communicator:
+    """`open_communicator` for a rank that has imported all it needs, while another one may still be at it."""
+    with limited_by("import_s", "init_s"):
+        return open_communicator(backend, world, timeouts.import_s + timeouts.init_s, timeouts.collective_s)
 
 
 @contextlib.contextmanager
