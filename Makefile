@@ -11,13 +11,14 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test test-docker lint horovod bench fuzz chaos clean distclean check-machine
+.PHONY: help demo test test-docker support lint horovod bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
 	@echo "make test         all tests"
 	@echo "make test-docker  build the image, train in containers, kill one (minutes; starts a Docker engine: as root, on Debian)"
+	@echo "make support      run what trains on ranks everywhere that this machine can, and write the README's table of it"
 	@echo "make lint         ruff, mypy, the import rule, the Dockerfiles"
 	@echo "make horovod      build Horovod (minutes, once; the wheel is kept), so that its tests are not skipped"
 	@echo "make bench        measure step time, start-up, memory and inference (minutes; on a quiet machine)"
@@ -34,12 +35,17 @@ test: .venv/.test
 test-docker: .venv/.test
 	tests/cluster/with_engine.sh $(BIN)/python -m pytest tests/cluster/test_docker.py tests/cluster/test_docker_files.py
 
+# What trains where: a table in the README. Docker, namespaces and Horovod are in it where this machine has them.
+support: .venv/.test
+	tests/cluster/with_engine.sh $(BIN)/python -m pytest -m support --junitxml .support.xml
+	$(BIN)/python tests/support_table.py .support.xml
+
 lint: .venv/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.gpu
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.gpu examples/kubernetes/Dockerfile
 	$(BIN)/python -m pytest --quiet tests/test_doors.py
 
 horovod: .venv/.test
@@ -60,7 +66,7 @@ chaos: .venv/.test
 	$(BIN)/python tests/chaos/run.py $(CHAOS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf build dist *.egg-info .support.xml .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	rm -rf spark-warehouse metastore_db derby.log
 	find allreduce_spark tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -28,6 +28,15 @@ JVM_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 os.environ["JAVA_TOOL_OPTIONS"] = " ".join([*filter(None, [os.environ.get("JAVA_TOOL_OPTIONS")]), JVM_OPTIONS])
 
 
+@pytest.fixture(autouse=True)
+def _what_is_supported(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> None:
+    """Note which cell of the README's table a test is for: `support_table.py` reads it in the report."""
+    mark = request.node.get_closest_marker("support")
+    if mark is not None:
+        backend = mark.kwargs.get("backend") or request.node.callspec.params["backend"]
+        record_property("support", f"{backend} {mark.kwargs['place']}")
+
+
 @pytest.fixture(scope="session")
 def own_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A temporary folder for this run alone, in this process and all it starts: what is left in it is ours."""

@@ -69,14 +69,21 @@ def _print_stacks_when_asked() -> None:
 
 
 def _cause(error: BaseException) -> str:
-    if isinstance(error, ImportError) and not isinstance(error, AllReduceSparkError):
-        return (
-            f"{type(error).__name__}: {error}. The executors need TensorFlow and Keras 3: install "
-            f"'allreduce-spark[tensorflow]' or [tensorflow-cpu] for {sys.executable} on {socket.gethostname()}."
-        )
     if isinstance(error, AllReduceSparkError):
         return str(error)
+    if isinstance(error, ImportError):
+        return f"{type(error).__name__}: {error}. {_way_to_module(error)}"
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"[-CAUSE_CHARACTERS:]
+
+
+def _way_to_module(error: ImportError) -> str:
+    python = f"{sys.executable} on {socket.gethostname()}"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("tensorflow", "keras"):
+        return (
+            f"The ranks run {python}: install it there. Modules of your own travel with spark-submit --py-files, or with "
+            "SparkContext.addPyFile."
+        )
+    return f"The executors need TensorFlow and Keras 3: install 'allreduce-spark[tensorflow]' or [tensorflow-cpu] for {python}."
 
 
 def _is_consequence(error: BaseException) -> bool:

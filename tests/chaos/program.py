@@ -63,7 +63,8 @@ def main(folder: Path) -> None:
     x = random.normal(size=(ROWS, 32)).astype("float32")
     y = x.sum(1, keepdims=True)
     model = make_model(settings["elastic"])
-    history = SparkModel(model, num_ranks=RANKS, timeouts=Timeouts(**settings["timeouts"])).fit(
+    timeouts = Timeouts(**settings["timeouts"])
+    history = SparkModel(model, num_ranks=RANKS, timeouts=timeouts, backend=settings["backend"]).fit(
         (x, y),
         epochs=EPOCHS,
         batch_size=BATCH,

@@ -28,6 +28,8 @@ from fault import FAULTS, Fault
 from places import PLACES, why_not
 from scene import Scene, Settings
 
+from allreduce_spark.config import BACKENDS
+
 LOG_LINES = 40
 FAMILIES = (killed, stopped, networks, disks)  # each enters its faults into FAULTS when it is imported
 
@@ -57,10 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         folder.mkdir(parents=True, exist_ok=True)
-        return run_faults(options.faults or list(FAULTS), options.repeats, options.seed, folder.resolve())
+        return run_faults(
+            options.faults or list(FAULTS), options.repeats, options.seed, options.backend, folder.resolve()
+        )
 
 
-def run_faults(names: Sequence[str], repeats: int, seed: int, folder: Path) -> int:
+def run_faults(names: Sequence[str], repeats: int, seed: int, backend: str, folder: Path) -> int:
     """Run each fault so many times; prints a line per trial and a table, and returns the exit code."""
     outcomes: dict[str, list[Outcome]] = {}
     for name in names:
@@ -70,7 +74,8 @@ def run_faults(names: Sequence[str], repeats: int, seed: int, folder: Path) -> i
             continue
         for number in range(repeats):
             own_seed = zlib.crc32(f"{seed} {name} {number}".encode())
-            outcome = run_trial(fault, folder / f"{name}-{number}", _reference(folder, fault), own_seed)
+            reference = _reference(folder, fault, backend)
+            outcome = run_trial(fault, folder / f"{name}-{number}", reference, own_seed, backend)
             outcomes.setdefault(name, []).append(outcome)
             pause = "" if outcome.pause_s is None else f"pause {outcome.pause_s:5.1f} s"
             print(
@@ -83,7 +88,7 @@ def run_faults(names: Sequence[str], repeats: int, seed: int, folder: Path) -> i
     return int(any(outcome.wrong for each in outcomes.values() for outcome in each))
 
 
-def run_trial(fault: Fault, folder: Path, reference: Path, seed: int) -> Outcome:
+def run_trial(fault: Fault, folder: Path, reference: Path, seed: int, backend: str) -> Outcome:
     """One fit and one fault. The folder of a trial in which something was wrong stays, the log of its driver among all else."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -91,7 +96,7 @@ def run_trial(fault: Fault, folder: Path, reference: Path, seed: int) -> Outcome
     wrong: list[str] = []
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(PLACES[fault.place](folder))
-        scene = Scene(folder, place, fault.settings, seed)
+        scene = Scene(folder, place, fault.settings, seed, backend)
         stack.enter_context(fault.around(scene))
         stack.callback(scene.close)
         scene.start()
@@ -110,15 +115,15 @@ def run_trial(fault: Fault, folder: Path, reference: Path, seed: int) -> Outcome
     return outcome
 
 
-def _reference(folder: Path, fault: Fault) -> Path:
+def _reference(folder: Path, fault: Fault, backend: str) -> Path:
     """The weights of the undisturbed run; made when they are first asked for."""
-    kept = folder / f"undisturbed-{'elastic' if fault.settings.elastic else 'fixed'}.npz"
+    kept = folder / f"undisturbed-{backend}-{'elastic' if fault.settings.elastic else 'fixed'}.npz"
     if not kept.exists():
         own = folder / "undisturbed"
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir()
         with PLACES["local"](own) as place:
-            scene = Scene(own, place, Settings(pace_s=0.0, elastic=fault.settings.elastic), seed=0)
+            scene = Scene(own, place, Settings(pace_s=0.0, elastic=fault.settings.elastic), 0, backend)
             try:
                 scene.start()
                 if scene.wait_for_the_end(180) != 0:
@@ -142,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of when and whom the faults hit; default 0")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, metavar="NAME", help="only these; default all")
     parser.add_argument("--repeats", type=int, default=3, help="trials of each; default 3")
+    parser.add_argument("--backend", default="mpi", choices=BACKENDS, help="what ranks reduce by; default mpi")
     parser.add_argument("--folder", type=Path, help="where trials have their folders, and the undisturbed run stays")
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     return parser

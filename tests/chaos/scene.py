@@ -69,10 +69,11 @@ class Scene:
         place: Where the driver runs, and its executors.
         settings: How the fit is set up.
         seed: Of all that is random about the fault.
+        backend: What the ranks reduce by.
     """
 
-    def __init__(self, folder: Path, place: Place, settings: Settings, seed: int) -> None:
-        self.folder, self.place, self.settings = folder, place, settings
+    def __init__(self, folder: Path, place: Place, settings: Settings, seed: int, backend: str) -> None:
+        self.folder, self.place, self.settings, self.backend = folder, place, settings, backend
         self.random = random.Random(seed)
         self.struck_at: float | None = None
         self.seen: set[str] = set()  # ids of checkpoints that were complete at some time
@@ -92,6 +93,7 @@ class Scene:
             "elastic": self.settings.elastic,
             "timeouts": self.settings.timeouts,
             "resume": resume,
+            "backend": self.backend,
         }
         (self.folder / "settings.json").write_text(json.dumps(settings))
         if self._driver is None:

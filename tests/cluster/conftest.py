@@ -92,8 +92,15 @@ def doomed_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def roomy_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """With two cores on each worker: one for a driver of its own, if need be."""
+    with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2) as cluster:
+        yield cluster
+
+
 @contextlib.contextmanager
-def running_cluster(folder: Path) -> Iterator[Cluster]:
+def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
     environment = {
         **os.environ,
         "SPARK_HOME": str(SPARK_HOME),
@@ -112,7 +119,7 @@ def running_cluster(folder: Path) -> Iterator[Cluster]:
         url = wait_for_line(log, r"Starting Spark master at (spark://\S+)")[1]
         workers = []
         for number in (1, 2):
-            size = ["--cores", "1", "--memory", "2g", "--work-dir", str(folder / f"worker-{number}")]
+            size = ["--cores", str(cores), "--memory", "2g", "--work-dir", str(folder / f"worker-{number}")]
             worker_log = folder / f"worker-{number}.log"
             command = [*start, worker_class, *address, *size, url]
             workers.append(stack.enter_context(process(command, environment, worker_log)))

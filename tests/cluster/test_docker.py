@@ -130,6 +130,7 @@ def test_the_image_is_sound_runs_as_an_ordinary_user_and_has_no_compiler(contain
     assert containers.shell("worker", "id --user --name; command -v cc gcc g++ || true") == "spark\n"
 
 
+@pytest.mark.support(place="docker", backend="mpi")
 def test_the_example_of_the_readme_trains_on_two_workers(containers: Containers, tmp_path: Path) -> None:
     printed = containers.run(tmp_path / "log", DIGITS, "--num-ranks", "2", "--checkpoint", "/checkpoints/digits")
     found = re.search(r"held-out accuracy ([0-9.]+)", printed)

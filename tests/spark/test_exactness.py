@@ -8,6 +8,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from allreduce_spark import SparkModel
+from allreduce_spark.communicator.horovod_environment import installed
 
 pytestmark = pytest.mark.spark
 
@@ -25,7 +26,11 @@ def network():
     return model
 
 
-def test_two_ranks_on_digits_end_with_the_weights_and_the_accuracy_of_plain_keras(spark):
+@pytest.mark.parametrize("backend", ["mpi", "horovod", "horovod-mpi"])
+@pytest.mark.support(place="local")
+def test_two_ranks_on_digits_end_with_the_weights_and_the_accuracy_of_plain_keras(spark, backend):
+    if backend != "mpi" and installed() is None:
+        pytest.skip("Horovod is not installed: allreduce-spark install-horovod")
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype("float32")
     train, held_out = (x[:1500], y[:1500]), (x[1500:], y[1500:])
@@ -33,7 +38,7 @@ def test_two_ranks_on_digits_end_with_the_weights_and_the_accuracy_of_plain_kera
     # Rows are dealt out one by one, so two unshuffled ranks with 32 rows each have the global batches of one with 64.
     arguments = {"epochs": 4, "shuffle": False, "validation_split": 0.1, "verbose": 0}
     theirs = plain.fit(*train, batch_size=64, **arguments).history
-    history = SparkModel(ours, num_ranks=2).fit(train, batch_size=32, **arguments).history
+    history = SparkModel(ours, num_ranks=2, backend=backend).fit(train, batch_size=32, **arguments).history
 
     for variable, weight, expected in zip(plain.weights, ours.get_weights(), plain.get_weights(), strict=True):
         assert np.abs(weight - expected).max() < 1e-4 * np.abs(expected).max(), variable.path

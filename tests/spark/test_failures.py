@@ -45,6 +45,17 @@ def fit(num_ranks: int = 2, timeouts: Timeouts | None = None, data: Any = DATA, 
     return spark_model.fit(data, **{"batch_size": 4, "verbose": 0, "max_restarts": 0, **arguments})
 
 
+def test_a_module_that_only_the_driver_has_is_named_with_the_way_to_send_it(
+    spark: SparkSession, nothing_is_left: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("import keras\nclass Quiet(keras.callbacks.Callback): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_here
+
+    with pytest.raises(RankFailedError, match=r"No module named 'only_here'\. .* travel with spark-submit --py-files"):
+        fit(callbacks=[only_here.Quiet()])
+
+
 class Slow(keras.callbacks.Callback):
     """Makes an epoch last for minutes, and writes down which rank runs in which process."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pyspark import RDD, StorageLevel
 
-from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks
+from allreduce_spark.config import FitConfig, Timeouts, check_backend, check_num_ranks
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.fit import Rows
@@ -54,6 +54,7 @@ def search(
     weight_col: str | None = None,
     ranks_per_trial: int = 1,
     sync_every: int | str = 1,
+    backend: str = "mpi",
     max_parallel: int | None = None,
     sampler: str | optuna.samplers.BaseSampler = "tpe",
     pruner: str | optuna.pruners.BasePruner | None = "asha",
@@ -93,7 +94,7 @@ def search(
             need different paths.
         features_col, label_col, weight_col: As for `fit`.
         ranks_per_trial: How many ranks train a model together.
-        sync_every: As for `SparkModel`.
+        sync_every, backend: As for `SparkModel`.
         max_parallel: How many trials run at once, at most; None for as many as have room.
         sampler: "tpe" to learn from the trials so far, "random", or a sampler of `optuna.samplers`.
         pruner: "asha" for successive halving, None to give up no trial, or a pruner of `optuna.pruners`, which is asked after
@@ -147,7 +148,7 @@ def search(
     )
     study = Study(space, direction=towards, sampler=sampler, pruner=pruner, epochs=epochs, seed=seed)
     context = active_context()
-    timeouts = timeouts or Timeouts()
+    timeouts, backend = timeouts or Timeouts(), check_backend(backend)
     try:
         num_ranks = check_cluster(context, check_num_ranks(ranks_per_trial), timeouts)
     except ConfigError as error:
@@ -168,6 +169,7 @@ def search(
             objective=objective,
             custom_objects=custom_objects or {},
             timeouts=timeouts,
+            backend=backend,
         )
         return run_trials(study, fits.begin, limits, objective=objective, direction=towards, display=display)
 

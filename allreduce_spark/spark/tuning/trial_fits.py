@@ -47,6 +47,7 @@ class TrialFits:
     objective: str
     custom_objects: Mapping[str, Any]
     timeouts: Timeouts
+    backend: str
     built: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
 
     def begin(self, number: int, params: dict[str, Any]) -> Callable[[RunningTrial], Outcome]:
@@ -94,6 +95,7 @@ class TrialFits:
                 timeouts=self.timeouts,
                 spectator=watcher,
                 safety=Safety(),
+                backend=self.backend,
             )
         except (DataError, CancelledError, MissingDependencyError) as error:
             raise EndSearch from error  # it is the same for all

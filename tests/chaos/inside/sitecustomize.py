@@ -62,8 +62,9 @@ def hold_in_shares(module):
     before(module, "_write", half_of_it)
 
 
-def hold_in_mpi(module):
-    before(module.MPICommunicator, "broadcast", lambda self, *_, **__: hold("broadcast", self.rank))
+def hold_in_broadcast(module):
+    for name in {"MPICommunicator", "HorovodCommunicator"} & vars(module).keys():
+        before(getattr(module, name), "broadcast", lambda self, *_, **__: hold("broadcast", self.rank))
 
 
 def hold_in_result(module):
@@ -103,7 +104,8 @@ def pass_by_proxy(module):
 DEEDS = {
     "allreduce_spark.checkpoint.shares": hold_in_shares,
     "allreduce_spark.checkpoint.store": hold_in_store,
-    "allreduce_spark.communicator.mpi": hold_in_mpi,
+    "allreduce_spark.communicator.horovod": hold_in_broadcast,
+    "allreduce_spark.communicator.mpi": hold_in_broadcast,
     "allreduce_spark.training.rank": hold_in_result,
     "allreduce_spark.launch.relay": hold_in_relay,
     "allreduce_spark.data.spool": hold_in_spool,

@@ -16,6 +16,7 @@ import pytest
 from faulty_fits import Fault, Faults, kill_agent, kill_rank
 from pyspark import cloudpickle as spark_cloudpickle
 
+from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError, SearchError
 from allreduce_spark.spark.tuning.result import KeptModel, SearchResult, Trial
 from allreduce_spark.spark.tuning.search import search
@@ -267,12 +268,12 @@ def test_an_error_in_the_users_own_map_function_is_shown(spark, nothing_stays):
 
 
 @pytest.mark.spark
-def test_the_same_seed_gives_the_same_trial(spark):
-    def once():
+def test_the_same_seed_gives_the_same_trial_by_each_backend(spark):
+    def once(backend):
         space = {"rate": (1e-3, 1e-1, "log"), "units": (1, 99)}
-        return search(layered, space, (X, Y), max_trials=1, epochs=1, seed=7, verbose=0).best_trial
+        return search(layered, space, (X, Y), max_trials=1, epochs=1, seed=7, backend=backend, verbose=0).best_trial
 
-    one, other = once(), once()
+    one, other = once("mpi"), once("horovod" if installed() else "mpi")
     assert one.params == other.params
     assert one.value == other.value
 
@@ -338,6 +339,7 @@ def test_cancelling_the_job_group_ends_all_trials(spark, nothing_stays, tmp_path
         ({"epochs": None}, "epochs is missing"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"sync_every": 0}, "sync_every must be at least 1"),
+        ({"backend": "gloo"}, "backend must be one of"),
         ({"objective": "val_happiness"}, "say direction"),
         ({"direction": "up"}, "direction must be"),
         ({"objective": None}, "must be the name of a metric"),
