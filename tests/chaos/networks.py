@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from fault import fault
+from places import INTERFACE
 from proxy import Proxy
 from scene import Scene, Settings, run
 
@@ -25,7 +26,8 @@ PAUSE_S = 10.0
 def partition_and_heal(scene: Scene) -> None:
     """A worker's host is off the network for longer than `silence_s`, and then comes back."""
     scene.wait_for_a_step(last=15)
-    port = ["ip", "-n", scene.place.hosts[0], "link", "set", "port2"]
+    worker = scene.place.hosts[2]
+    port = [*worker.on_switch, "ip", "link", "set", worker.ports[INTERFACE]]
     scene.strike()
     run([*port, "down"])
     time.sleep(PAUSE_S)
@@ -38,7 +40,7 @@ def packet_loss(scene: Scene) -> None:
     scene.wait_for_a_step()
     scene.strike()
     lose = ["iptables", "-A", "INPUT", "-m", "statistic", "--mode", "random", "--probability", "0.05", "-j", "DROP"]
-    run(["ip", "netns", "exec", scene.place.hosts[2], *lose])
+    run([*scene.place.hosts[2].enter, *lose])
 
 
 @contextlib.contextmanager

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyspark
 import pytest
 
-SPARK_HOME = Path(pyspark.__file__).parent
-START_S = 60.0
+sys.path.insert(0, str(Path(__file__).parent))  # for modules that `tests/chaos` uses, too
+from standalone import SPARK_HOME, Seat, running_standalone
 
 
 @dataclass(frozen=True)
@@ -40,36 +36,6 @@ class Cluster:
     def executors(self) -> list[str]:
         """Folders of all executors that there ever were: worker/application/number."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("worker-*/app-*/*/"))
-
-
-@contextlib.contextmanager
-def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, which is gone at the end, with all that it has started in it."""
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield started
-    finally:
-        for number, patience_s in ((signal.SIGTERM, 10), (signal.SIGKILL, 10)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(patience_s)
-
-
-def wait_for_line(log: Path, pattern: str) -> re.Match[str]:
-    deadline = time.monotonic() + START_S
-    while not (found := re.search(pattern, log.read_text())):
-        assert time.monotonic() < deadline, f"no line {pattern!r} within {START_S:.0f} s in:\n{log.read_text()}"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="session")
@@ -107,22 +73,8 @@ def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
         "SPARK_LOCAL_IP": "127.0.0.1",
         "SPARK_LOCAL_DIRS": str(folder / "local"),
         "SPARK_CONF_DIR": str(folder),
-        "SPARK_NO_DAEMONIZE": "1",
         "PYSPARK_PYTHON": sys.executable,
     }
-    start = [str(SPARK_HOME / "bin" / "spark-class")]
-    master_class, worker_class = ("org.apache.spark.deploy." + name for name in ("master.Master", "worker.Worker"))
-    address = ["--host", "127.0.0.1", "--webui-port", "0"]
-    with contextlib.ExitStack() as stack:
-        log = folder / "master.log"
-        stack.enter_context(process([*start, master_class, *address, "--port", "0"], environment, log))
-        url = wait_for_line(log, r"Starting Spark master at (spark://\S+)")[1]
-        workers = []
-        for number in (1, 2):
-            size = ["--cores", str(cores), "--memory", "2g", "--work-dir", str(folder / f"worker-{number}")]
-            worker_log = folder / f"worker-{number}.log"
-            command = [*start, worker_class, *address, *size, url]
-            workers.append(stack.enter_context(process(command, environment, worker_log)))
-        for number in (1, 2):
-            wait_for_line(folder / f"worker-{number}.log", "Successfully registered with master")
-        yield Cluster(url, environment, folder, tuple(workers))
+    workers = [Seat(f"worker-{number}", cores=cores) for number in (1, 2)]
+    with running_standalone(folder, environment, Seat("master"), workers) as running:
+        yield Cluster(running.url, environment, folder, running.workers)
