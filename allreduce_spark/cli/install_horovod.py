@@ -1,8 +1,9 @@
 """`allreduce-spark install-horovod`: build Horovod against the installed TensorFlow, keep the wheel, install it, and try it.
 
 Horovod has not been released since 2023. The TensorFlow of today has moved some headers that it includes, keeps others where no
-compiler looks, or leaves them out; nothing in Horovod itself is changed, only what the compiler finds (`_headers`). Seen to
-build with 2.18.1, 2.19.1 and 2.21.0; of 2.20.0 the headers were compiled alone. The build with NCCL has not been tried.
+compiler looks, or leaves them out: the compiler is given what it misses (`_headers`). In Horovod itself one line is changed, so
+that Gloo keeps to the network interface that it is told (`_source`). Seen to build with 2.18.1, 2.19.1 and 2.21.0; the headers
+of 2.20.0 were compiled alone. The build with NCCL has not been tried.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ __all__ = ["Recipe", "install_horovod", "make_recipe", "wheel_folder"]
 VERSION = "0.28.1"
 SOURCE_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 TENSORFLOWS = ((2, 18), (2, 22))  # from, and below
+# Gloo's connections within a process set, that of all ranks among them, forget HOROVOD_GLOO_IFACE and use the address that the
+# host's own name has: on Debian 127.0.1.1, which no other host reaches.
+FAULTY_FILE, FAULTY_FUNCTION = "horovod/common/gloo/gloo_context.cc", "void GlooContext::InitializeForProcessSet("
+FAULT, REMEDY = "iface = gloo_iface_;", "iface = global_context.gloo_iface_;"
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
 NEEDED_BY_HOROVOD = ("cloudpickle", "packaging", "psutil", "pyyaml")
 ANSWER_S = 30.0
@@ -154,7 +159,7 @@ def make_recipe(*, with_nccl: bool, environ: Mapping[str, str] = os.environ) -> 
 def wheel_folder(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Path:
     """Where the wheel of a recipe is kept: a folder of its own, beside a file that tells the recipe."""
     cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    digest = hashlib.sha256(repr((VERSION, recipe)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((VERSION, REMEDY, recipe)).encode()).hexdigest()[:12]
     return Path(cache, "allreduce_spark", "wheels", f"horovod-{recipe.tensorflow.replace(' ', '-')}-{digest}")
 
 
@@ -164,13 +169,12 @@ def _build(recipe: Recipe, folder: Path) -> Path:
     log = folder / "build.log"
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-horovod-") as name:
         work = Path(name)
-        tools, requirements = work / "tools", work / "requirements.txt"
+        tools = work / "tools"
         _pip("install", "--target", str(tools), *BUILD_TOOLS)
-        requirements.write_text(f"horovod=={VERSION} --hash=sha256:{SOURCE_SHA256}\n")
         environment = {**os.environ, **_build_environment(recipe, work), "PYTHONPATH": str(tools)}
         # Without pip's cache: it would give back a wheel that was built for another TensorFlow.
-        options = ["--no-cache-dir", "--no-build-isolation", "--no-deps", "--require-hashes", "--no-binary", "horovod"]
-        command = [sys.executable, "-m", "pip", "wheel", "-v", *options, "--wheel-dir", name, "-r", str(requirements)]
+        options = ["--no-cache-dir", "--no-build-isolation", "--no-deps", "--wheel-dir", name]
+        command = [sys.executable, "-m", "pip", "wheel", "-v", *options, str(_source(work, environment))]
         with log.open("wb") as output:
             code = subprocess.run(
                 command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
@@ -188,6 +192,33 @@ def _build(recipe: Recipe, folder: Path) -> Path:
         part = folder / f"{built.name}.part{os.getpid()}"
         shutil.copyfile(built, part)
         return part.rename(folder / built.name)
+
+
+def _source(work: Path, environment: Mapping[str, str]) -> Path:
+    """Fetch Horovod's source, check that it is the one that was released, and mend it; return its folder."""
+    requirements, fetched = work / "requirements.txt", work / "fetched"
+    requirements.write_text(f"horovod=={VERSION} --hash=sha256:{SOURCE_SHA256}\n")
+    options = [
+        "--no-build-isolation",
+        "--no-deps",
+        "--require-hashes",
+        "--no-binary",
+        "horovod",
+        "--dest",
+        str(fetched),
+    ]
+    _pip("download", *options, "-r", str(requirements), environment=environment)
+    shutil.unpack_archive(next(fetched.glob("horovod-*.tar.gz")), work / "source", filter="data")
+    folder = next((work / "source").iterdir())
+    _mend(folder / FAULTY_FILE)
+    return folder
+
+
+def _mend(file: Path) -> None:
+    before, name, after = file.read_text().partition(FAULTY_FUNCTION)
+    if FAULT not in after:
+        raise AllReduceSparkError(f"{FAULTY_FILE} of Horovod {VERSION} is not as expected: there is no {FAULT!r}.")
+    file.write_text(before + name + after.replace(FAULT, REMEDY, 1))
 
 
 def _build_environment(recipe: Recipe, work: Path) -> dict[str, str]:
@@ -279,8 +310,8 @@ def _first_line(program: str, option: str) -> str:
     return answer.strip().partition("\n")[0]
 
 
-def _pip(*arguments: str) -> None:
+def _pip(*arguments: str, environment: Mapping[str, str] | None = None) -> None:
     command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if ended.returncode:
         raise AllReduceSparkError(f"'pip {' '.join(arguments)}' failed:\n{ended.stderr.strip()[-2000:]}")

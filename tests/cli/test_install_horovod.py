@@ -16,7 +16,7 @@ from allreduce_spark.cli.main import main
 from allreduce_spark.cli.result import Status
 from allreduce_spark.communicator import horovod_environment
 from allreduce_spark.communicator.horovod_environment import Installation, check_installed, rank_environment
-from allreduce_spark.errors import MissingDependencyError
+from allreduce_spark.errors import AllReduceSparkError, MissingDependencyError
 from allreduce_spark.world import World
 
 RECIPE = Recipe("tensorflow 2.21.0", "cpython-311", "x86_64 glibc-2.36", "g++ 12.2.0", mpi="5.0.2")
@@ -180,6 +180,16 @@ def test_without_mpich_it_is_built_with_gloo_alone(tmp_path):
     environment = install_horovod._build_environment(replace(RECIPE, mpi=None), tmp_path)
     assert environment["HOROVOD_WITHOUT_MPI"] == "1"
     assert "HOROVOD_WITH_MPI" not in environment
+
+
+def test_only_the_line_that_forgets_the_interface_is_mended_and_a_source_without_it_is_refused(tmp_path):
+    file, function = tmp_path / "gloo_context.cc", install_horovod.FAULTY_FUNCTION
+    right = "void GlooContext::Initialize() {\n  device_attr.iface = gloo_iface_;\n}\n"
+    file.write_text(f"{right}{function}) {{\n  device_attr.iface = gloo_iface_;\n}}\n")
+    install_horovod._mend(file)
+    assert file.read_text() == f"{right}{function}) {{\n  device_attr.iface = global_context.gloo_iface_;\n}}\n"
+    with pytest.raises(AllReduceSparkError, match="not as expected"):
+        install_horovod._mend(file)
 
 
 # What there is to know of a Horovod without loading it.
