@@ -105,7 +105,9 @@ def driver_addresses(context: SparkContext) -> tuple[str, str]:
         return "127.0.0.1", "127.0.0.1"
     settings = context.getConf()
     reachable = str(settings.get("spark.driver.host"))  # Spark sets it where the user does not
-    return settings.get("spark.driver.bindAddress") or reachable, reachable
+    listening = settings.get("spark.driver.bindAddress") or reachable
+    # Spark writes an IPv6 address as URLs do, in brackets, which are no part of it.
+    return listening.strip("[]"), reachable.strip("[]")
 
 
 def _use_this_python(context: SparkContext) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from pyspark.sql import SparkSession
@@ -32,3 +33,18 @@ def test_a_python_that_the_user_chose_is_left_alone(spark: SparkSession, monkeyp
 def test_all_slots_are_taken_where_num_ranks_is_not_given(spark: SparkSession) -> None:
     assert cluster.count_slots(spark.sparkContext) == 2
     assert cluster.check_cluster(spark.sparkContext, None, Timeouts()) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"spark.driver.host": "10.0.0.1"}, ("10.0.0.1", "10.0.0.1")),
+        ({"spark.driver.host": "driver", "spark.driver.bindAddress": "0.0.0.0"}, ("0.0.0.0", "driver")),
+        ({"spark.driver.host": "[fd00::1]", "spark.driver.bindAddress": "[::]"}, ("::", "fd00::1")),
+    ],
+)
+def test_addresses_of_the_driver_are_taken_from_spark_without_the_brackets_of_ipv6(
+    settings: dict[str, str], expected: tuple[str, str]
+) -> None:
+    context = SimpleNamespace(master="spark://anywhere:7077", getConf=lambda: settings)
+    assert cluster.driver_addresses(context) == expected
