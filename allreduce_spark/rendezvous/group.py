@@ -57,7 +57,8 @@ class Join:
         host_key: The same string for two agents exactly if their ranks can share memory.
         shards: Those of the rank.
         saved: Ids of the checkpoints of which the rank's part lies on the agent's disk.
-        nccl: Whether the rank has a GPU, and a Horovod that can use it.
+        gpus: Addresses of the GPUs that the rank may use, on its host.
+        nccl: Whether it has one, and a Horovod that can use it.
     """
 
     rank: int
@@ -65,6 +66,7 @@ class Join:
     host_key: str
     shards: tuple[ShardReport, ...]
     saved: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
     nccl: bool = False
 
 
