@@ -1,4 +1,4 @@
-"""What the driver makes sure of when all shards are on disk and no rank has started: rows that fit the model, GPUs that suffice."""
+"""What the driver makes sure of when all shards are on disk and no rank has started: rows that suit the model, GPUs enough."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.resources import demand
 
-__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "wait_for_slots"]
+__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "is_local", "wait_for_slots"]
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +74,19 @@ def check_cluster(
             "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
             "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
         )
-    if _is_local(context) and any(name.startswith("spark.task.resource.") for name, _ in settings.getAll()):
+    if is_local(context) and any(name.startswith("spark.task.resource.") for name, _ in settings.getAll()):
         raise ConfigError(
             f"with master {context.master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
             f"({demand(context, None)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
         )
     age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
-    started, wait_s = time.monotonic(), 0.0 if _is_local(context) else timeouts.slots_s - age_s
+    started, wait_s = time.monotonic(), 0.0 if is_local(context) else timeouts.slots_s - age_s
     wanted = num_ranks or 1
     while (slots := count_slots(context, resources)) < wanted and time.monotonic() - started < wait_s:
         time.sleep(POLL_S)
     if slots < wanted:
         waited = f", {timeouts.slots_s:g} s after it began (Timeouts.slots_s)" if wait_s > 0 else ""
-        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if _is_local(context) else 1)
+        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if is_local(context) else 1)
         raise ConfigError(
             f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots}{waited} (master "
             f"{context.master}, {executors} executors; {demand(context, resources)} for each). A barrier stage starts all its "
@@ -121,7 +121,7 @@ def wait_for_slots(
 
 def driver_addresses(context: SparkContext) -> tuple[str, str]:
     """(where the driver should listen, under which name executors reach it)."""
-    if _is_local(context):
+    if is_local(context):
         return "127.0.0.1", "127.0.0.1"
     settings = context.getConf()
     reachable = str(settings.get("spark.driver.host"))  # Spark sets it where the user does not
@@ -130,10 +130,11 @@ def driver_addresses(context: SparkContext) -> tuple[str, str]:
 
 def _use_this_python(context: SparkContext) -> None:
     """On one machine, let workers run the Python that runs this: the `python3` of the PATH may be another environment."""
-    if _is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
+    if is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
         log.info("PYSPARK_PYTHON is not set; the workers of this session will run %s", sys.executable)
         context.pythonExec = sys.executable
 
 
-def _is_local(context: SparkContext) -> bool:
+def is_local(context: SparkContext) -> bool:
+    """Whether driver and executors are one process."""
     return str(context.master).split("[")[0] == "local"

@@ -25,7 +25,7 @@ from allreduce_spark.config import (
 )
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots, is_local
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
@@ -34,6 +34,7 @@ from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
 from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
+from allreduce_spark.training.cores import warn_if_gpus_are_taken
 from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
 from allreduce_spark.training.scoring import PackedModel, pack
@@ -194,6 +195,8 @@ class SparkModel:
         with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
             display.show_phase(Phase.SLOTS)
             context = active_context()
+            if is_local(context):
+                warn_if_gpus_are_taken()
             resources = register(context, self.resources)
             wanted = self.num_ranks or (resumed.num_shards if resumed else None)
             num_ranks = check_cluster(context, min_ranks or wanted, self.timeouts, resources)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Mapping
+
 import tensorflow as tf
 
-__all__ = ["use_cores"]
+__all__ = ["use_cores", "warn_if_gpus_are_taken"]
 
 
 def use_cores(threads: int) -> None:
@@ -21,3 +25,16 @@ def use_cores(threads: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def warn_if_gpus_are_taken(environ: Mapping[str, str] = os.environ) -> None:
+    """Warn where this process takes nearly all memory of its GPUs for itself. To be called where ranks use the same ones."""
+    if environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() == "true":
+        return
+    gpus = tf.config.list_physical_devices("GPU")
+    if not all(tf.config.experimental.get_memory_growth(gpu) for gpu in gpus):
+        warnings.warn(
+            "TensorFlow takes nearly all memory of the GPUs for this process, and its ranks, on the same machine, may find too "
+            "little: set TF_FORCE_GPU_ALLOW_GROWTH=true in the environment before TensorFlow is imported.",
+            stacklevel=4,
+        )

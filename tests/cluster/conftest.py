@@ -1,8 +1,9 @@
-"""A standalone Spark cluster on this machine: a master and two workers with one core each, all separate processes."""
+"""A standalone Spark cluster on this machine: a master and two workers, all separate processes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -94,13 +95,17 @@ def doomed_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def roomy_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With two cores on each worker: one for a driver of its own, if need be."""
-    with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2) as cluster:
+    """With two cores on each worker, one for a driver of its own, if need be; and two GPUs, which are not there: 0 to 3 in all."""
+    gpus = (("0", "1"), ("2", "3"))
+    with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2, gpus=gpus) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
+def running_cluster(
+    folder: Path, cores: int = 1, gpus: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+) -> Iterator[Cluster]:
+    """Workers with so many cores each, and such addresses of GPUs as their discovery scripts tell."""
     environment = {
         **os.environ,
         "SPARK_HOME": str(SPARK_HOME),
@@ -122,7 +127,18 @@ def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
             size = ["--cores", str(cores), "--memory", "2g", "--work-dir", str(folder / f"worker-{number}")]
             worker_log = folder / f"worker-{number}.log"
             command = [*start, worker_class, *address, *size, url]
-            workers.append(stack.enter_context(process(command, environment, worker_log)))
+            options = {"SPARK_WORKER_OPTS": pretended_gpus(folder / f"discover-{number}", gpus[number - 1])}
+            workers.append(stack.enter_context(process(command, {**environment, **options}, worker_log)))
         for number in (1, 2):
             wait_for_line(folder / f"worker-{number}.log", "Successfully registered with master")
         yield Cluster(url, environment, folder, tuple(workers))
+
+
+def pretended_gpus(script: Path, addresses: tuple[str, ...]) -> str:
+    """Options that make a worker believe in GPUs with these addresses."""
+    if not addresses:
+        return ""
+    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': addresses})}'\n")
+    script.chmod(0o755)
+    settings = {"amount": len(addresses), "discoveryScript": script}
+    return " ".join(f"-Dspark.worker.resource.gpu.{name}={value}" for name, value in settings.items())
