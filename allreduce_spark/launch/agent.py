@@ -28,7 +28,7 @@ from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
-from allreduce_spark.launch.gpus import choose_gpus
+from allreduce_spark.launch.gpus import choose_gpus, names_of
 from allreduce_spark.launch.relay import Aborted, Place, Relay, hear
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.launch.warm import WarmProcess
@@ -183,7 +183,7 @@ def _join(task: AgentTask, folder: Path, gpus: tuple[str, ...], reports: list[di
         "host_key": host_key(),
         "shards": reports,
         "saved": sorted(local_shares(folder / LOCAL_FOLDER, task.rank)),
-        "gpus": list(gpus),
+        "gpus": list(names_of(gpus)) if gpus else [],
         "nccl": bool(gpus) and _has_nccl(),
     }
 

@@ -6,12 +6,19 @@ import contextlib
 import ctypes.util
 import importlib.util
 import itertools
+import logging
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["choose_gpus", "gpu_environment", "machine_gpus", "seen_by_cuda", "why_tensorflow_has_none"]
+__all__ = ["choose_gpus", "gpu_environment", "machine_gpus", "names_of", "seen_by_cuda", "why_tensorflow_has_none"]
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 15.0  # a driver that nobody else uses at the moment takes seconds to begin
 
 
 def choose_gpus(
@@ -38,9 +45,10 @@ def choose_gpus(
 def machine_gpus(environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> tuple[str, ...]:
     """Addresses of the NVIDIA GPUs that a process of this environment sees. CUDA is not asked: that would start it here.
 
-    As in CUDA, what follows the first unknown entry of CUDA_VISIBLE_DEVICES does not count, so "-1" and "" hide all.
+    A container, or a control group, may name devices in /dev that nobody in it can open; CUDA does not count those. As in
+    CUDA, what follows the first unknown entry of CUDA_VISIBLE_DEVICES does not count, so "-1" and "" hide all.
     """
-    count = len([path for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name)])
+    count = sum(_can_be_opened(path) for path in devices.glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None or not count:
         return tuple(map(str, range(count)))
@@ -48,8 +56,33 @@ def machine_gpus(environ: Mapping[str, str] = os.environ, devices: Path = Path("
     return tuple(itertools.takewhile(lambda entry: _names_a_gpu(entry, count), entries))
 
 
+def _can_be_opened(device: Path) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
 def _names_a_gpu(entry: str, count: int) -> bool:
     return entry.startswith(("GPU-", "MIG-")) or (re.fullmatch(r"\d+", entry) is not None and int(entry) < count)
+
+
+def names_of(gpus: Sequence[str]) -> tuple[str, ...]:
+    """Names that two processes of one host have in common exactly for one GPU, as far as NVIDIA's own tool tells them.
+
+    An address will not do: where a cluster manager shows each executor its own GPUs alone, the first is 0 in all of them.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None or not all(gpu.isdigit() for gpu in gpus):
+        return tuple(gpus)
+    command = [tool, "--query-gpu=uuid", "--format=csv,noheader", f"--id={','.join(gpus)}"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("%s does not tell the names of GPUs %s: %s", tool, ", ".join(gpus), error)
+        return tuple(gpus)
+    return tuple(told) if len(told) == len(gpus) else tuple(gpus)
 
 
 def why_tensorflow_has_none(environ: Mapping[str, str] = os.environ) -> str | None:

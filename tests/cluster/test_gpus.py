@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow]
 
-RUN_S = 200.0
+RUN_S = 240.0
 
 PROGRAM = """
 import json, os, sys
@@ -57,10 +57,10 @@ for name, value in settings.items():
     builder = builder.config(name, value)
 spark = builder.getOrCreate()
 
-found = {"one each": run(place, resources=one_each), "two each": run(place, resources=tasks(gpu=2))}
-found["halves, allowed"] = run(place, num_ranks=4, ranks_per_gpu=2)
+found = {"one each": run(place, num_ranks=4, resources=one_each), "two each": run(place, resources=tasks(gpu=2))}
+found["halves, allowed"] = run(place, num_ranks=3, ranks_per_gpu=2)
 frame = spark.createDataFrame([(row.tolist(), 0.0) for row in X], ["features", "label"])
-found["halves"] = refusal(AllReduceEstimator(model=model(), numRanks=4).fit, frame)
+found["halves"] = refusal(AllReduceEstimator(model=model(), numRanks=3).fit, frame)
 fitted = SparkModel(model(), num_ranks=2, backend="auto", resources=one_each)
 found["loss"] = fitted.fit((X, Y), batch_size=4, verbose=0).history["loss"]
 found["predictions"] = sorted({float(n) for n in SparkModel(fitted.model, resources=tasks(gpu=2)).predict(X).ravel()})
@@ -108,7 +108,8 @@ def test_each_rank_sees_the_gpu_that_spark_gave_to_its_task(found: dict[str, Any
 def test_ranks_share_a_gpu_only_where_that_is_asked_for(found: dict[str, Any]) -> None:
     assert "would share GPU" in found["halves"]
     assert "ranks_per_gpu=2" in found["halves"]
-    assert gpus_of_workers(found["halves, allowed"]) == {"worker-1": ["0", "0"], "worker-2": ["2", "2"]}
+    shared = gpus_of_workers(found["halves, allowed"])
+    assert shared in ({"worker-1": ["0", "0"], "worker-2": ["2"]}, {"worker-1": ["0"], "worker-2": ["2", "2"]})
 
 
 def test_resources_that_cannot_be_had_are_refused_with_what_is_asked_for(found: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from allreduce_spark.launch import gpus
-from allreduce_spark.launch.gpus import choose_gpus, gpu_environment, machine_gpus, seen_by_cuda
+from allreduce_spark.launch.gpus import choose_gpus, gpu_environment, machine_gpus, names_of, seen_by_cuda
 
 
 @pytest.fixture
@@ -36,6 +36,29 @@ def dev(tmp_path):
 def test_the_gpus_of_a_machine_are_those_that_cuda_would_show(dev, listed, seen):
     assert machine_gpus({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}, dev) == seen
     assert machine_gpus({"CUDA_VISIBLE_DEVICES": "0"}, dev / "none") == ()
+
+
+def test_a_gpu_that_cannot_be_opened_does_not_count(dev, monkeypatch):
+    def refuse(path, flags):
+        if path.name == "nvidia0":
+            raise PermissionError(1, "Operation not permitted", str(path))
+        return os.dup(0)
+
+    monkeypatch.setattr(gpus.os, "open", refuse)
+    assert machine_gpus({}, dev) == ("0",), "CUDA numbers those that it can open"
+
+
+def test_two_executors_may_call_different_gpus_by_one_address(tmp_path, monkeypatch, caplog):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert names_of(["0"]) == ("0",)
+    tool.write_text('#!/bin/sh\n[ "$3" = --id=0,1 ] || exit 6\necho GPU-aa\necho GPU-bb\n')
+    tool.chmod(0o755)
+    assert names_of(["0", "1"]) == ("GPU-aa", "GPU-bb")
+    assert names_of(["MIG-1", "0"]) == ("MIG-1", "0")
+    assert not caplog.records
+    assert names_of(["7"]) == ("7",)
+    assert "does not tell the names of GPUs 7" in caplog.text
 
 
 def test_a_rank_takes_what_spark_gave_and_else_the_gpu_of_its_local_rank(monkeypatch):
