@@ -19,7 +19,7 @@ import keras, numpy as np
 from pyspark import TaskContext
 from pyspark.resource import ExecutorResourceRequests, ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
-from allreduce_spark import AllReduceEstimator, SparkModel, run
+from allreduce_spark import AllReduceEstimator, SparkModel, Timeouts, run
 from allreduce_spark.errors import ConfigError
 
 def tasks(**amounts):
@@ -57,7 +57,8 @@ for name, value in settings.items():
     builder = builder.config(name, value)
 spark = builder.getOrCreate()
 
-found = {"one each": run(place, num_ranks=4, resources=one_each), "two each": run(place, resources=tasks(gpu=2))}
+late = Timeouts(slots_s=120)  # for both executors of a young application
+found = {"one each": run(place, num_ranks=4, resources=one_each, timeouts=late), "two each": run(place, resources=tasks(gpu=2))}
 found["halves, allowed"] = run(place, num_ranks=3, ranks_per_gpu=2)
 frame = spark.createDataFrame([(row.tolist(), 0.0) for row in X], ["features", "label"])
 found["halves"] = refusal(AllReduceEstimator(model=model(), numRanks=3).fit, frame)
