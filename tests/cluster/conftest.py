@@ -95,7 +95,7 @@ def doomed_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def roomy_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With two cores on each worker, one for a driver of its own, if need be; and two GPUs, which are not there: 0 to 3 in all."""
+    """With two cores on each worker, one for a driver of its own, if need be; and with two GPUs each, which are not there."""
     gpus = (("0", "1"), ("2", "3"))
     with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2, gpus=gpus) as cluster:
         yield cluster

@@ -98,7 +98,6 @@ def gpus_of_workers(places: list[Any]) -> dict[str, list[str]]:
     return {worker: sorted(gpus) for worker, gpus in sorted(workers.items())}
 
 
-@pytest.mark.support(place="standalone", backend="mpi")
 def test_each_rank_sees_the_gpu_that_spark_gave_to_its_task(found: dict[str, Any]) -> None:
     assert gpus_of_workers(found["one each"]) == {"worker-1": ["0", "1"], "worker-2": ["2", "3"]}
     assert gpus_of_workers(found["two each"]) == {"worker-1": ["0,1"], "worker-2": ["2,3"]}
