@@ -18,6 +18,7 @@ __all__ = [
     "Timeouts",
     "check_backend",
     "check_num_ranks",
+    "check_ranks_per_gpu",
     "check_sync_every",
 ]
 
@@ -228,6 +229,12 @@ def check_num_ranks(num_ranks: object) -> int:
     if count > MAX_RANKS:
         raise ConfigError(f"num_ranks={count} is more than this library is made for ({MAX_RANKS}).")
     return count
+
+
+def check_ranks_per_gpu(ranks_per_gpu: object) -> int:
+    """Return `ranks_per_gpu` as an int, or raise ConfigError where it is no number of ranks."""
+    _check_count("ranks_per_gpu", ranks_per_gpu, at_least=1)
+    return int(ranks_per_gpu)  # type: ignore[call-overload]
 
 
 def check_backend(backend: object) -> str:

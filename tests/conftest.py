@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # because it holds before the first module that is collected makes a model.
 os.environ["TF_NUM_INTEROP_THREADS"] = "12"
 
+# Where there is a GPU: this process leaves memory to the ranks.
+os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
+
 # For each JVM that tests start: none lives long enough to earn back what its second compiler and parallel collector cost.
 JVM_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 os.environ["JAVA_TOOL_OPTIONS"] = " ".join([*filter(None, [os.environ.get("JAVA_TOOL_OPTIONS")]), JVM_OPTIONS])

@@ -42,6 +42,7 @@ CHECKS: dict[str, Callable[[], Result]] = {
     "shared-memory": machine.check_shared_memory,
     "disk": machine.check_disk,
     "cores": machine.check_cores,
+    "gpus": machine.check_gpus,
 }
 
 

@@ -1,4 +1,4 @@
-"""The doctor's look at the machine itself: network, shared memory, disk, cores."""
+"""The doctor's look at the machine itself: network, shared memory, disk, cores, GPUs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from allreduce_spark.cli.result import Result, fail, ok, warn
 
-__all__ = ["check_cores", "check_disk", "check_network", "check_shared_memory", "leftovers"]
+__all__ = ["check_cores", "check_disk", "check_gpus", "check_network", "check_shared_memory", "leftovers"]
 
 GIB, MIB = 1024**3, 1024**2
 
@@ -96,3 +96,45 @@ def check_cores(count: int | None = None) -> Result:
     if count == 1:
         return warn("1", "A rank that waits keeps its core busy: two ranks on one core work, but slowly.")
     return ok(f"{count}: room for {count} ranks")
+
+
+def check_gpus(
+    environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia")
+) -> Result:
+    from allreduce_spark.launch.gpus import machine_gpus, why_tensorflow_has_none
+
+    there, seen = machine_gpus({}, devices), machine_gpus(environ, devices)
+    if not there and (driver / "version").exists():
+        return warn(
+            "NVIDIA's driver is loaded, but there is no GPU in /dev",
+            "A container is given GPUs when it is started: docker run --gpus all, with NVIDIA's container toolkit.",
+        )
+    if not there:
+        return ok("none: ranks train on processors")
+    if not seen:
+        return ok(
+            f"{len(there)}, hidden by CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']!r}: ranks train on processors"
+        )
+    problem = why_tensorflow_has_none(environ)
+    if problem is not None:
+        return warn(
+            f"{len(seen)}, but {problem}: ranks train on processors",
+            "pip install 'tensorflow[and-cuda]', in the place of tensorflow-cpu, or see TensorFlow's page on GPUs.",
+        )
+    if "spark.task.resource.gpu.amount" not in _spark_defaults(environ):
+        return warn(
+            f"{len(seen)}, of which the defaults of Spark here say nothing",
+            "All is well for one fit at a time: each rank takes the GPU of its local rank. On a cluster let Spark assign them: "
+            "spark.worker.resource.gpu.amount and .discoveryScript for standalone workers, spark.executor.resource.gpu.amount "
+            "and spark.task.resource.gpu.amount=1 for the application.",
+        )
+    return ok(f"{len(seen)}, which Spark assigns to tasks")
+
+
+def _spark_defaults(environ: Mapping[str, str]) -> str:
+    """Spark's file of settings; "" where there is none. Those of spark-submit and of a session are not known here."""
+    folder = environ.get("SPARK_CONF_DIR") or os.path.join(environ.get("SPARK_HOME", ""), "conf")
+    try:
+        return Path(folder, "spark-defaults.conf").read_text()
+    except OSError:
+        return ""

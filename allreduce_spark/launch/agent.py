@@ -28,6 +28,7 @@ from allreduce_spark.data.blocks import decode_block
 from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
+from allreduce_spark.launch.gpus import choose_gpus, names_of
 from allreduce_spark.launch.relay import Aborted, Place, Relay, hear
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.launch.warm import WarmProcess
@@ -49,7 +50,7 @@ class AgentTask:
         shards: Numbers of the shards that the rank trains on.
         address, key: Where the driver listens, and the secret of this fit.
         timeouts: Deadlines.
-        local_size: Tasks of the stage on this host.
+        local_rank, local_size: Index among the tasks of the stage on this host, as Spark names hosts, and their number.
         task_cpus: Cores that Spark counts for the task.
         gpus: Addresses of the GPUs that Spark gave to the task, or None.
         files: Files for the rank, by name: the model, and what goes with it.
@@ -63,6 +64,7 @@ class AgentTask:
     address: tuple[str, int]
     key: bytes = field(repr=False)
     timeouts: Timeouts
+    local_rank: int
     local_size: int
     task_cpus: int
     gpus: tuple[str, ...] | None
@@ -101,11 +103,12 @@ def _look_after_rank(task: AgentTask, blocks: Iterator[tuple[int, bytes]], drive
         driver.start_heartbeats(task.timeouts.heartbeat_s, place.read)
         for name, content in task.files.items():
             (folder / name).write_bytes(content)
-        with contextlib.closing(_start_warm_process(task, folder, driver.local_address)) as warm:
+        gpus = choose_gpus(task.gpus, task.local_rank)
+        with contextlib.closing(_start_warm_process(task, folder, driver.local_address, gpus)) as warm:
             start_rank = partial(warm.start_rank, task.rank, task.num_ranks)
             store = None if task.store is None else Store(task.store)
             reports: list[dict[str, Any]] = []
-            join = partial(_join, task, folder, reports)
+            join = partial(_join, task, folder, gpus or (), reports)
             relay = Relay(task.rank, driver, start_rank, join, folder, place, task.timeouts, store)
             with contextlib.closing(relay):
                 # If the rank has ended meanwhile, because it cannot import TensorFlow, say, nobody needs the rows any more.
@@ -119,7 +122,7 @@ def _cause(error: Exception) -> str:
     return text[-CAUSE_CHARACTERS:]
 
 
-def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> WarmProcess:
+def _start_warm_process(task: AgentTask, folder: Path, local_address: str, gpus: tuple[str, ...] | None) -> WarmProcess:
     threads = thread_share(task.task_cpus, task.local_size)
     # TensorFlow writes Python files of its own, and removes them only where a process may end in peace.
     temporary = folder / "tmp"
@@ -128,7 +131,7 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> Wa
     environment = rank_environment(
         os.environ,
         threads=threads,
-        gpus=task.gpus,
+        gpus=gpus,
         extra={"TMPDIR": str(temporary), **mpi_environment(interface), **interface_environment(interface)},
     )
     return WarmProcess(folder, threads, environment)
@@ -174,13 +177,14 @@ def _spool(
     return True
 
 
-def _join(task: AgentTask, folder: Path, reports: list[dict[str, Any]]) -> dict[str, Any]:
+def _join(task: AgentTask, folder: Path, gpus: tuple[str, ...], reports: list[dict[str, Any]]) -> dict[str, Any]:
     """What the driver must know before a rank may start."""
     return {
         "host_key": host_key(),
         "shards": reports,
         "saved": sorted(local_shares(folder / LOCAL_FOLDER, task.rank)),
-        "nccl": bool(task.gpus) and _has_nccl(),
+        "gpus": list(names_of(gpus)) if gpus else [],
+        "nccl": bool(gpus) and _has_nccl(),
     }
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from allreduce_spark.launch.gpus import gpu_environment
+
 __all__ = ["host_key", "interface_of", "rank_environment", "thread_share"]
 
 _SIOCGIFADDR = 0x8915
@@ -68,7 +70,7 @@ def rank_environment(
     Args:
         inherited: The agent's own.
         threads: The rank's share of the cores.
-        gpus: Addresses of the GPUs that Spark gave to the task; None where the task was given no GPU resource.
+        gpus: Addresses of the GPUs that it may use; None to see what the agent sees.
         extra: Further variables, for example those of PMI; they win.
     """
     environment = dict(inherited)
@@ -79,6 +81,6 @@ def rank_environment(
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         environment[variable] = str(threads)
     if gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        environment.update(gpu_environment(gpus, inherited))
     environment.update(extra)
     return environment

@@ -274,10 +274,12 @@ class Controller:
         host_key: str,
         shards: list[dict[str, Any]],
         saved: list[str],
+        gpus: Sequence[str] = (),
         nccl: bool = False,
     ) -> None:
         reports = tuple(ShardReport(**shard) for shard in shards)
-        station.join = Join(station.rank, station.host, host_key, reports, tuple(map(str, saved)), bool(nccl))
+        ids, addresses = tuple(map(str, saved)), tuple(map(str, gpus))
+        station.join = Join(station.rank, station.host, host_key, reports, ids, addresses, bool(nccl))
         self._move(station, Phase.JOIN)
         joins = [self._stations[rank].join for rank in sorted(self._stations)]
         if len(joins) == self._num_ranks and all(joins):

@@ -57,7 +57,8 @@ class Join:
         host_key: The same string for two agents exactly if their ranks can share memory.
         shards: Those of the rank.
         saved: Ids of the checkpoints of which the rank's part lies on the agent's disk.
-        nccl: Whether the rank has a GPU, and a Horovod that can use it.
+        gpus: The GPUs that the rank may use: names that are the same for two ranks of a host exactly if they mean one GPU.
+        nccl: Whether it has one, and a Horovod that can use it.
     """
 
     rank: int
@@ -65,6 +66,7 @@ class Join:
     host_key: str
     shards: tuple[ShardReport, ...]
     saved: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
     nccl: bool = False
 
 

@@ -37,6 +37,7 @@ _TYPES_OF_FIELDS: dict[str, tuple[type, ...]] = {
     "rank": (int, type(None)),
     "host": (str, type(None)),
     "host_key": (str,),
+    "gpus": (list,),
     "generation": (int,),
     "phase": (str, type(None)),
     "epoch": (int, type(None)),

@@ -1,7 +1,9 @@
-"""What the driver makes sure of when all shards are on disk and no rank has started: enough rows, alike, fit for the model."""
+"""What the driver makes sure of when all shards are on disk and no rank has started: rows that suit the model, GPUs enough."""
 
 from __future__ import annotations
 
+import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,9 @@ from allreduce_spark.training.checks import check_inputs, check_labels
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["approve", "choose_backend"]
+__all__ = ["approve", "check_gpus", "choose_backend"]
+
+log = logging.getLogger(__name__)
 
 
 def approve(
@@ -57,11 +61,68 @@ def approve(
     return {"spec": spec.to_json(), "validation_spec": validation_spec.to_json() if validation_spec else None}
 
 
+def check_gpus(joins: Sequence[Join], ranks_per_gpu: int, *, gpus_per_rank: int | None = None) -> None:
+    """Make sure that no more ranks share a GPU than may, and warn where only some ranks have one.
+
+    Args:
+        joins: In rank order.
+        ranks_per_gpu: How many ranks may share one.
+        gpus_per_rank: How many a rank has a use for; None for any number.
+
+    Raises:
+        ConfigError: A GPU has more ranks, or a rank has more GPUs.
+    """
+    for join in joins:
+        if gpus_per_rank is not None and len(join.gpus) > gpus_per_rank:
+            raise ConfigError(
+                f"Spark gives each task {len(join.gpus)} GPUs ({', '.join(join.gpus)} to rank {join.rank} on {join.host}), and "
+                "a rank trains on one: set spark.task.resource.gpu.amount (or the request in resources) to 1."
+            )
+    for (_, gpu), sharing in _ranks_by_gpu(joins).items():
+        if len(sharing) > ranks_per_gpu:
+            ranks = ", ".join(str(join.rank) for join in sharing)
+            raise ConfigError(
+                f"the ranks {ranks} would share GPU {gpu} on {sharing[0].host}, and ranks_per_gpu={ranks_per_gpu}. Start fewer "
+                "ranks; or let Spark give each task a GPU of its own (spark.task.resource.gpu.amount=1, and workers that do "
+                f"not both offer one GPU); or allow it with ranks_per_gpu={len(sharing)}. To train on processors, set "
+                'CUDA_VISIBLE_DEVICES to "" where the executors start.'
+            )
+    without = [join.rank for join in joins if not join.gpus]
+    if 0 < len(without) < len(joins):
+        log.warning(
+            "the ranks %s have no GPU, the others have: all wait for the slowest at each step. One of the hosts may lack "
+            "GPUs, or the libraries of CUDA: allreduce-spark doctor, there, says which",
+            ", ".join(map(str, without)),
+        )
+
+
 def choose_backend(wanted: str, joins: Sequence[Join]) -> str:
-    """What all ranks are to reduce by, where "auto" leaves it to what the agents have found on their machines."""
-    if wanted != "auto":
-        return wanted
-    return "horovod" if all(join.nccl for join in joins) else "mpi"
+    """What all ranks are to reduce by, where "auto" leaves it to what the agents have found on their machines.
+
+    Raises:
+        ConfigError: Horovod would use NCCL, which takes one GPU for each rank, neither shared nor missing.
+    """
+    ready = all(join.nccl for join in joins)
+    shared = any(len(sharing) > 1 for sharing in _ranks_by_gpu(joins).values())
+    if wanted == "auto":
+        return "horovod" if ready and not shared else "mpi"
+    if wanted != "mpi" and any(join.nccl for join in joins) and (shared or not ready):
+        lacking = ", ".join(str(join.rank) for join in joins if not join.nccl)
+        what = f"the ranks {lacking} have none that it can use" if lacking else "here ranks share one"
+        raise ConfigError(
+            f"backend={wanted!r} reduces by NCCL, which needs a GPU of its own for each rank, and {what}: take backend='mpi', "
+            "or start as many ranks as there are GPUs."
+        )
+    return wanted
+
+
+def _ranks_by_gpu(joins: Sequence[Join]) -> dict[tuple[str, str], list[Join]]:
+    """Who uses which GPU: (host key, address) -> the ranks."""
+    users = defaultdict(list)
+    for join in joins:
+        for gpu in join.gpus:
+            users[join.host_key, gpu].append(join)
+    return users
 
 
 def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: FitConfig) -> None:

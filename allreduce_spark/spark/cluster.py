@@ -8,11 +8,13 @@ import sys
 import time
 
 from pyspark import SparkContext
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.spark.resources import demand
 
-__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "wait_for_slots"]
+__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "is_local", "wait_for_slots"]
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +35,24 @@ def active_context() -> SparkContext:
     return context
 
 
-def count_slots(context: SparkContext) -> int:
-    """How many barrier tasks the application could run at once, if nothing else ran."""
+def count_slots(context: SparkContext, resources: ResourceProfile | None = None) -> int:
+    """How many barrier tasks the application could run at once, if nothing else ran.
+
+    Args:
+        resources: What each of them asks for, as `resources.register` returns it; None for what the settings say.
+    """
     scala_context = context._jsc.sc()
-    profile = scala_context.resourceProfileManager().defaultResourceProfile()
+    profile = (
+        scala_context.resourceProfileManager().defaultResourceProfile()
+        if resources is None
+        else resources._java_resource_profile
+    )
     return int(scala_context.maxNumConcurrentTasks(profile))
 
 
-def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeouts) -> int:
+def check_cluster(
+    context: SparkContext, num_ranks: int | None, timeouts: Timeouts, resources: ResourceProfile | None = None
+) -> int:
     """Make sure that a barrier stage of `num_ranks` tasks can run, before it is submitted.
 
     Spark itself would say nothing for ten minutes (40 checks, 15 s apart). A young application on a cluster is given
@@ -48,12 +60,13 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
 
     Args:
         num_ranks: How many ranks are asked for; None for as many as there are slots.
+        resources: As for `count_slots`.
 
     Returns:
         The number of ranks.
 
     Raises:
-        ConfigError: There are too few slots, or dynamic allocation is on.
+        ConfigError: There are too few slots, dynamic allocation is on, or tasks ask for what local mode does not have.
     """
     settings = context.getConf()
     if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
@@ -61,23 +74,30 @@ def check_cluster(context: SparkContext, num_ranks: int | None, timeouts: Timeou
             "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
             "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
         )
+    if is_local(context) and any(name.startswith("spark.task.resource.") for name, _ in settings.getAll()):
+        raise ConfigError(
+            f"with master {context.master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
+            f"({demand(context, None)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
+        )
     age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
-    started, wait_s = time.monotonic(), 0.0 if _is_local(context) else timeouts.slots_s - age_s
+    started, wait_s = time.monotonic(), 0.0 if is_local(context) else timeouts.slots_s - age_s
     wanted = num_ranks or 1
-    while (slots := count_slots(context)) < wanted and time.monotonic() - started < wait_s:
+    while (slots := count_slots(context, resources)) < wanted and time.monotonic() - started < wait_s:
         time.sleep(POLL_S)
     if slots < wanted:
         waited = f", {timeouts.slots_s:g} s after it began (Timeouts.slots_s)" if wait_s > 0 else ""
-        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if _is_local(context) else 1)
+        executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if is_local(context) else 1)
         raise ConfigError(
             f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots}{waited} (master "
-            f"{context.master}, {executors} executors, spark.task.cpus={settings.get('spark.task.cpus', '1')}). A barrier "
-            f"stage starts all its ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
+            f"{context.master}, {executors} executors; {demand(context, resources)} for each). A barrier stage starts all its "
+            f"ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
         )
     return num_ranks or slots
 
 
-def wait_for_slots(context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts) -> int:
+def wait_for_slots(
+    context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts, resources: ResourceProfile | None = None
+) -> int:
     """How many ranks the next stage may have, after machines were lost.
 
     A cluster manager may start executors anew; `REGROUP_S` is waited for all of the slots, `slots_s` for the least of them.
@@ -86,7 +106,7 @@ def wait_for_slots(context: SparkContext, wanted: int, at_least: int, timeouts: 
         ConfigError: There are not enough.
     """
     started = time.monotonic()
-    while (slots := count_slots(context)) < wanted:
+    while (slots := count_slots(context, resources)) < wanted:
         waited = time.monotonic() - started
         if slots >= at_least and waited > REGROUP_S:
             return slots
@@ -101,7 +121,7 @@ def wait_for_slots(context: SparkContext, wanted: int, at_least: int, timeouts: 
 
 def driver_addresses(context: SparkContext) -> tuple[str, str]:
     """(where the driver should listen, under which name executors reach it)."""
-    if _is_local(context):
+    if is_local(context):
         return "127.0.0.1", "127.0.0.1"
     settings = context.getConf()
     reachable = str(settings.get("spark.driver.host"))  # Spark sets it where the user does not
@@ -112,10 +132,11 @@ def driver_addresses(context: SparkContext) -> tuple[str, str]:
 
 def _use_this_python(context: SparkContext) -> None:
     """On one machine, let workers run the Python that runs this: the `python3` of the PATH may be another environment."""
-    if _is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
+    if is_local(context) and "PYSPARK_PYTHON" not in os.environ and context.pythonExec != sys.executable:
         log.info("PYSPARK_PYTHON is not set; the workers of this session will run %s", sys.executable)
         context.pythonExec = sys.executable
 
 
-def _is_local(context: SparkContext) -> bool:
+def is_local(context: SparkContext) -> bool:
+    """Whether driver and executors are one process."""
     return str(context.master).split("[")[0] == "local"

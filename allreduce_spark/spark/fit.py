@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyspark import RDD, SparkContext
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.spark.approval import approve, choose_backend
+from allreduce_spark.spark.approval import approve, check_gpus, choose_backend
 from allreduce_spark.spark.cluster import count_slots
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import keras
 
 __all__ = ["Rows", "run_fit"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ def run_fit(
     spectator: Spectator,
     safety: Safety,
     backend: str = "mpi",
+    resources: ResourceProfile | None = None,
+    ranks_per_gpu: int = 1,
 ) -> keras.callbacks.History:
     """Train `model` on the ranks of barrier stages, and bring the trained state back into it.
 
@@ -62,14 +68,17 @@ def run_fit(
         ConfigError, DataError: Something about the model or the rows cannot work; no rank has started.
         RankFailedError, CancelledError, KeyboardInterrupt: What ended the fit.
     """
+    if model.jit_compile:
+        log.info("the ranks train without XLA (jit_compile): it knows no way out of its graph to the other ranks")
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     with (
         scratch_folder() as folder,  # which the next fit here removes if this driver is killed
-        hold_slots(rows.num_ranks, partial(count_slots, context)),
+        hold_slots(rows.num_ranks, partial(count_slots, context, resources), kind=resources and resources.id),
         coordinate(safety, job.model, timeouts.checkpoint_s) as coordinator,
     ):
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
+            check_gpus(joins, ranks_per_gpu, gpus_per_rank=1)
             approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
             fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
             if coordinator.newest:
@@ -93,6 +102,7 @@ def run_fit(
                 spectator=spectator,
                 on_progress=_EachEpochOnce(spectator.report),
                 results=folder,
+                resources=resources,
             )
         )
         history = take_over(model, folder / "result-0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ import numpy as np
 import pyarrow as pa
 from pyspark import RDD, Broadcast, TaskContext
 from pyspark.errors import PySparkException
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.data.cells import lists, numbers, vectors
 from allreduce_spark.data.columns import read_columns
 from allreduce_spark.data.flat import RowError, Values
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDependencyError
-from allreduce_spark.spark.stage import missing_module
+from allreduce_spark.launch.gpus import choose_gpus, seen_by_cuda
+from allreduce_spark.spark.stage import assigned_gpus, missing_module
 
 if TYPE_CHECKING:
     from allreduce_spark.training.inference import PartitionMetrics
@@ -28,14 +31,18 @@ if TYPE_CHECKING:
 __all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
 
 
-def predict_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) -> list[Any]:
+def predict_blocks(
+    packed: PackedModel, batch_size: int, blocks: RDD[bytes], resources: ResourceProfile | None = None
+) -> list[Any]:
     """The predictions of each partition that has rows, in the order of the partitions."""
-    return _collect(blocks.mapPartitions(partial(_predict, packed, batch_size)))
+    return _collect(blocks.mapPartitions(partial(_predict, packed, batch_size)), resources)
 
 
-def evaluate_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) -> list[PartitionMetrics]:
+def evaluate_blocks(
+    packed: PackedModel, batch_size: int, blocks: RDD[bytes], resources: ResourceProfile | None = None
+) -> list[PartitionMetrics]:
     """The metric state of each partition that has rows."""
-    return _collect(blocks.mapPartitions(partial(_evaluate, packed, batch_size)))
+    return _collect(blocks.mapPartitions(partial(_evaluate, packed, batch_size)), resources)
 
 
 def _predict(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
@@ -63,9 +70,9 @@ def _only_known_errors(function: Callable[[], Any]) -> Iterator[Any]:
             yield result
 
 
-def _collect(results: RDD[Any]) -> list[Any]:
+def _collect(results: RDD[Any], resources: ResourceProfile | None) -> list[Any]:
     try:
-        collected = results.collect()
+        collected = (results if resources is None else results.withResources(resources)).collect()
     except PySparkException as error:
         missing = missing_module(error)
         if missing is None:
@@ -188,11 +195,16 @@ def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
 
 
 def _prepare_tensorflow() -> None:
-    """Before it is imported: quiet, and on the cores of this task alone. Spark runs a task for every core of a machine."""
+    """Before it is imported: quiet, and on the cores and the GPU of this task alone. Spark runs many tasks on a machine.
+
+    Tasks that were given no GPU take turns with those of the machine. TensorFlow cannot change any of this once it computes: in
+    a worker that Spark uses again it stays with what the worker's first task had.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from allreduce_spark.training.cores import use_cores
 
-    use_cores(_task().cpus())
+    with seen_by_cuda(choose_gpus(assigned_gpus(_task()), _partition())), contextlib.suppress(RuntimeError):
+        use_cores(_task().cpus())
 
 
 def _partition() -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyspark import RDD
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame
 
 from allreduce_spark.config import (
@@ -19,18 +20,21 @@ from allreduce_spark.config import (
     Timeouts,
     check_backend,
     check_num_ranks,
+    check_ranks_per_gpu,
     check_sync_every,
 )
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
+from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots, is_local
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.fit import Rows, run_fit
 from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
 from allreduce_spark.spark.progress import Display, verbosity_of
 from allreduce_spark.spark.recovery import Safety, newest_checkpoint
+from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
 from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
+from allreduce_spark.training.cores import warn_if_gpus_are_taken
 from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
 from allreduce_spark.training.scoring import PackedModel, pack
@@ -63,13 +67,18 @@ class SparkModel:
             between the hosts and NCCL between GPUs where it was built for them; "horovod-mpi": the same with MPI in the place
             of Gloo. `allreduce-spark install-horovod` installs it. "auto": "horovod" where every rank has a GPU, and a Horovod
             with NCCL is there, else "mpi". The weights are the same but for the rounding of sums.
+        resources: What each task asks of Spark, such as a GPU (`TaskResourceRequests().cpus(4).resource("gpu", 1)`); None for
+            what the application's settings say. It holds for fit, evaluate and predict, and is not saved. Standalone
+            clusters, YARN and Kubernetes have such profiles, local mode has not; they may ask for no executors of their own.
+        ranks_per_gpu: How many ranks may share a GPU; not saved. A rank uses the GPU that Spark gave to its task. Where tasks
+            ask for none, and the machine has some that TensorFlow can use, it uses the one of its local rank.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.
 
     Raises:
-        ConfigError: The model is not compiled, num_ranks is no positive integer, there is no such backend, or sync_every
-            makes no sense.
+        ConfigError: The model is not compiled, num_ranks or ranks_per_gpu is no positive integer, there is no such backend,
+            sync_every makes no sense, or no cluster has such resources.
 
     Example:
         >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
@@ -85,6 +94,8 @@ class SparkModel:
         *,
         sync_every: int | str = 1,
         backend: str = "mpi",
+        resources: ResourceProfile | None = None,
+        ranks_per_gpu: int = 1,
         custom_objects: dict[str, Any] | None = None,
         timeouts: Timeouts | None = None,
     ) -> None:
@@ -92,6 +103,8 @@ class SparkModel:
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
         self.sync_every = check_sync_every(sync_every)
         self.backend = check_backend(backend)
+        self.resources = check_resources(resources)
+        self.ranks_per_gpu = check_ranks_per_gpu(ranks_per_gpu)
         self.timeouts = timeouts or Timeouts()
         self._custom_objects = dict(custom_objects or {})
 
@@ -182,8 +195,11 @@ class SparkModel:
         with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
             display.show_phase(Phase.SLOTS)
             context = active_context()
+            if is_local(context):
+                warn_if_gpus_are_taken()
+            resources = register(context, self.resources)
             wanted = self.num_ranks or (resumed.num_shards if resumed else None)
-            num_ranks = check_cluster(context, min_ranks or wanted, self.timeouts)
+            num_ranks = check_cluster(context, min_ranks or wanted, self.timeouts, resources)
             num_ranks = max(num_ranks, wanted or 1)
             for part in (data, validation_data):
                 if isinstance(part, (tuple, list)) and len(part) > 1:
@@ -200,6 +216,8 @@ class SparkModel:
                 spectator=display,
                 safety=Safety(recovery, checkpoint or Checkpoint(), resumed),
                 backend=self.backend,
+                resources=resources,
+                ranks_per_gpu=self.ranks_per_gpu,
             )
 
     def evaluate(
@@ -229,8 +247,10 @@ class SparkModel:
         """
         context = active_context()
         columns = columns_of(features_col, label_col, weight_col)
-        blocks = blocks_of(context, data, columns, max(1, count_slots(context)))
-        return result_of(self.model, evaluate_blocks(self._packed(self.model, batch_size), batch_size, blocks))
+        resources = register(context, self.resources)
+        blocks = blocks_of(context, data, columns, max(1, count_slots(context, resources)))
+        packed = self._packed(self.model, batch_size)
+        return result_of(self.model, evaluate_blocks(packed, batch_size, blocks, resources))
 
     def predict(self, data: Any, *, batch_size: int = 32, features_col: str | Sequence[str] = "features") -> Any:
         """The model's predictions for all rows, in the order of `data`, brought to the driver.
@@ -275,8 +295,9 @@ class SparkModel:
         """The outputs of `model` for all rows, in their order."""
         context = active_context()
         columns = columns_of(features_col, (), None)
-        blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context)))
-        return concatenate(predict_blocks(self._packed(model, batch_size), batch_size, blocks))
+        resources = register(context, self.resources)
+        blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context, resources)))
+        return concatenate(predict_blocks(self._packed(model, batch_size), batch_size, blocks, resources))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model, with its weights, optimizer state and the settings of this object, to one file.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from pyspark import RDD, SparkContext
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
@@ -66,6 +67,7 @@ class Work:
         coordinator: Knows what another generation goes on from.
         recovery: How much misfortune the work is to survive.
         results: The folder where what rank r sends becomes the file `result-r`.
+        resources: What each task asks of Spark; None for what the application's settings say.
         on_progress: See `Hooks`.
     """
 
@@ -81,6 +83,7 @@ class Work:
     recovery: Recovery
     spectator: Spectator
     results: Path
+    resources: ResourceProfile | None = None
     on_progress: Callable[[dict[str, Any]], None] = lambda fields: None
 
 
@@ -93,10 +96,10 @@ def run_work(work: Work) -> None:
     least, restarts = work.recovery.min_ranks, Restarts(work.recovery.max_restarts)
     num_ranks = work.num_shards
     if least is not None:
-        num_ranks = wait_for_slots(work.context, work.num_shards, least, work.timeouts)
+        num_ranks = wait_for_slots(work.context, work.num_shards, least, work.timeouts, work.resources)
     while (why := _run_stage(work, restarts, num_ranks)) is not None:
         work.coordinator.fall_back()
-        num_ranks = wait_for_slots(work.context, work.num_shards, least or 1, work.timeouts)
+        num_ranks = wait_for_slots(work.context, work.num_shards, least or 1, work.timeouts, work.resources)
         log.warning(
             "another barrier stage goes on from %s with %d of %d ranks: %s",
             _place_of(work.coordinator.newest), num_ranks, work.num_shards, why,
@@ -133,7 +136,7 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
             work.spectator.show_phase(Phase.START)
             shards = shards_for(work.shards, work.num_shards, num_ranks)
             watch = partial(_watch, work, rendezvous, _Slots(work, num_ranks))
-            failure = run_stage(work.context, shards, rendezvous, task, watch)
+            failure = run_stage(work.context, shards, rendezvous, task, watch, work.resources)
     if failure is None:
         return "there are slots for more ranks" if rendezvous.regroups else None
     if not rendezvous.stage_is_lost:
@@ -170,14 +173,15 @@ class _Slots:
     """Whether there are slots for more ranks than are at work: asked now and then, and only where that would be of use."""
 
     def __init__(self, work: Work, num_ranks: int) -> None:
-        self._context, self._num_ranks, self._wanted = work.context, num_ranks, work.num_shards
+        self._count = partial(count_slots, work.context, work.resources)
+        self._num_ranks, self._wanted = num_ranks, work.num_shards
         self._look_at = time.monotonic() if num_ranks < self._wanted and work.store is not None else math.inf
 
     def are_back(self) -> bool:
         if time.monotonic() < self._look_at:
             return False
         self._look_at = time.monotonic() + LOOK_S
-        return min(count_slots(self._context), self._wanted) > self._num_ranks
+        return min(self._count(), self._wanted) > self._num_ranks
 
 
 def _watch(work: Work, rendezvous: Rendezvous, slots: _Slots) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import cloudpickle
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
-from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_backend, check_num_ranks
+from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.rendezvous.group import Join
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.approval import choose_backend
+from allreduce_spark.spark.approval import check_gpus, choose_backend
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.ranks import Work, run_work
+from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
@@ -32,6 +35,8 @@ def run(
     backend: str = "mpi",
     timeouts: Timeouts | None = None,
     max_restarts: int = 0,
+    resources: ResourceProfile | None = None,
+    ranks_per_gpu: int = 1,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `function(communicator, *args, **kwargs)` once on every rank, all at the same time.
@@ -48,6 +53,7 @@ def run(
         timeouts: Deadlines; `function_s` is that of the function.
         max_restarts: How often in a row ranks may be started again where one has died. The function then begins anew: it is up
             to it to go on from something that it has saved.
+        resources, ranks_per_gpu: As for `SparkModel`; but where Spark gives a task several GPUs, the function sees them all.
 
     Returns:
         What the function returned, in the order of the ranks.
@@ -60,13 +66,20 @@ def run(
     if not callable(function):
         raise ConfigError(f"run needs a function, got {function!r}.")
     timeouts, backend = timeouts or Timeouts(), check_backend(backend)
+    resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     call = pickle_objects((function, args, kwargs))
     context = active_context()
-    wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
+    resources = register(context, resources)
+    wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts, resources)
     recovery = Recovery(max_restarts, min_ranks=wanted)
+
+    def approve(joins: Sequence[Join]) -> dict[str, Any]:
+        check_gpus(joins, ranks_per_gpu)
+        return {"backend": choose_backend(backend, joins)}
+
     with (
         scratch_folder() as folder,
-        hold_slots(wanted, partial(count_slots, context)),
+        hold_slots(wanted, partial(count_slots, context, resources), kind=resources and resources.id),
         contextlib.closing(Coordinator(Checkpoint())) as coordinator,
     ):
         run_work(
@@ -78,11 +91,12 @@ def run(
                 timeouts=timeouts,
                 backend=backend,
                 store=None,
-                approve=lambda joins: {"backend": choose_backend(backend, joins)},
+                approve=approve,
                 coordinator=coordinator,
                 recovery=recovery,
                 spectator=_Nobody(),
                 results=folder,
+                resources=resources,
             )
         )
         return [cloudpickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(wanted)]

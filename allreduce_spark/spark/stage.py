@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from pyspark import RDD, BarrierTaskContext, InheritableThread, SparkContext
+from pyspark import RDD, BarrierTaskContext, InheritableThread, SparkContext, TaskContext
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark import errors
 from allreduce_spark.config import Timeouts
@@ -28,6 +29,7 @@ from allreduce_spark.rendezvous.server import Rendezvous
 
 __all__ = [
     "StageTask",
+    "assigned_gpus",
     "error_of",
     "error_of_job",
     "missing_module",
@@ -64,6 +66,7 @@ def run_stage(
     rendezvous: Rendezvous,
     task: StageTask,
     on_wait: Callable[[], None],
+    resources: ResourceProfile | None = None,
 ) -> Failure | None:
     """Run one agent per partition of `shards` until the rendezvous knows the outcome.
 
@@ -72,6 +75,7 @@ def run_stage(
         rendezvous: Started.
         task: What the agents are told.
         on_wait: Called many times a second, in this thread; draws the progress bar.
+        resources: What each task asks for; None for what the application's settings say.
 
     Returns:
         The first cause of a failure; `error_of` makes an exception of it. None after a success.
@@ -80,7 +84,8 @@ def run_stage(
         KeyboardInterrupt: Ctrl-C. All ranks are dead by then.
     """
     tag = f"allreduce_spark-{secrets.token_hex(4)}"
-    job = _Job(context, tag, shards.barrier().mapPartitions(partial(_be_agent, task)))
+    stage = shards.barrier().mapPartitions(partial(_be_agent, task))
+    job = _Job(context, tag, stage if resources is None else stage.withResources(resources))
     queue, give_up_at = _Queue(context, tag), time.monotonic() + task.timeouts.spool_s
     try:
         job.start()
@@ -109,7 +114,6 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
     context = BarrierTaskContext.get()
     rank = context.partitionId()
     hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
-    gpus = context.resources().get("gpu")
     agent = AgentTask(
         rank=rank,
         num_ranks=task.num_ranks,
@@ -117,15 +121,22 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         address=task.address,
         key=task.key,
         timeouts=task.timeouts,
+        local_rank=hosts[:rank].count(hosts[rank]),
         local_size=hosts.count(hosts[rank]),
         task_cpus=context.cpus(),
-        gpus=tuple(gpus.addresses) if gpus else None,
+        gpus=assigned_gpus(context),
         files=task.files,
         store=task.store,
         backend=task.backend,
     )
     run_agent(agent, iter(blocks))
     return iter(())
+
+
+def assigned_gpus(context: TaskContext) -> tuple[str, ...] | None:
+    """Addresses of the GPUs that Spark gave to a task; None where it asked for none."""
+    gpus = context.resources().get("gpu")
+    return tuple(gpus.addresses) if gpus else None
 
 
 class _Job:

@@ -73,7 +73,11 @@ def _cause(error: BaseException) -> str:
         return str(error)
     if isinstance(error, ImportError):
         return f"{type(error).__name__}: {error}. {_way_to_module(error)}"
-    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_exception(error))}"[-CAUSE_CHARACTERS:]
+    hint = ""
+    if "unsupported operations when trying to compile graph" in str(error):
+        hint = "XLA knows no way out of its graph to the other ranks: compile the model with jit_compile=False.\n"
+    stack = "".join(traceback.format_exception(error))
+    return hint + f"{type(error).__name__}: {error}\n{stack}"[-CAUSE_CHARACTERS:]
 
 
 def _way_to_module(error: ImportError) -> str:

@@ -25,7 +25,10 @@ def DistributedOptimizer(
     """Let an optimizer apply the mean of all ranks' gradients, in `model.fit` and in loops that call `optimizer.apply`.
 
     Every rank's gradient counts alike; where ranks have batches of different sizes, scale the loss. Compile models with
-    `jit_compile=False`: XLA knows no way out of its graph to the other ranks.
+    `jit_compile=False`: XLA, which Keras uses on GPUs unless it is told, knows no way out of its graph to the other ranks.
+
+    With "mixed_float16" give it a `keras.optimizers.LossScaleOptimizer`, so that ranks reduce before one looks for an
+    overflow, and skip the same steps. `Model.compile` would put one around the optimizer, where each rank decides by itself.
 
     Args:
         optimizer: Of Keras 3; built or not. Changed in place, it keeps its class.
@@ -35,10 +38,17 @@ def DistributedOptimizer(
         The same optimizer.
 
     Raises:
-        ConfigError: It is no optimizer of Keras, or already distributed.
+        ConfigError: It is no optimizer of Keras, or already distributed; or Keras's policy is "mixed_float16", and it scales no
+            loss.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise ConfigError(f"DistributedOptimizer takes an optimizer of Keras 3, got {optimizer!r}.")
+    scales_loss = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if keras.config.dtype_policy().name == "mixed_float16" and not scales_loss:
+        raise ConfigError(
+            "with the policy mixed_float16 the ranks must skip the same steps: write "
+            "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), communicator)."
+        )
     if "apply" in vars(optimizer):
         raise ConfigError(f"{optimizer!r} is distributed already; its gradients would be summed twice.")
     distribute(optimizer, communicator, StepRows(mine=1, total=communicator.world_size), order=_order)

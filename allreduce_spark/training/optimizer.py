@@ -62,7 +62,9 @@ def distribute(
     """Make `optimizer.apply` reduce the gradients over the ranks before it applies them. Changes the optimizer in place.
 
     The optimizer keeps its class, so files that callbacks write load in plain Keras. A `LossScaleOptimizer` is
-    distributed as a whole: its gradients are reduced while still scaled, and all ranks see the same overflow.
+    distributed as a whole: its gradients are reduced while still scaled, and all ranks see the same overflow. A rank's gradient
+    is the mean over fewer rows than the global batch has, and may be up to `world_size` times what they add to the global mean:
+    so float16 overflows at scales that one process could still use, and the loss scale settles that much lower.
 
     Args:
         optimizer: The model's; built or not.

@@ -8,6 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from allreduce_spark.cli import doctor, machine, software, two_ranks
 from allreduce_spark.cli.main import main
 from allreduce_spark.cli.result import Status, fail, ok, warn
 from allreduce_spark.errors import CollectiveTimeoutError
+from allreduce_spark.launch import gpus
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -257,6 +259,27 @@ def test_disk_space(tmp_path, monkeypatch, free, status):
 def test_one_core_is_a_warning():
     assert machine.check_cores(1).status is Status.WARN
     assert machine.check_cores(4).status is Status.OK
+
+
+def test_gpus_are_of_use_where_tensorflow_and_spark_know_of_them(tmp_path, monkeypatch):
+    dev, driver = tmp_path / "dev", tmp_path / "driver"
+    for folder in (dev, driver):
+        folder.mkdir()
+    check = partial(machine.check_gpus, devices=dev, driver=driver)
+    assert check({}) == ok("none: ranks train on processors")
+    (driver / "version").touch()
+    assert "no GPU in /dev" in check({}).found
+    for number in range(2):
+        (dev / f"nvidia{number}").touch()
+    assert check({"CUDA_VISIBLE_DEVICES": ""}) == ok("2, hidden by CUDA_VISIBLE_DEVICES='': ranks train on processors")
+    monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: "TensorFlow is a build without CUDA")
+    assert check({}).found == "2, but TensorFlow is a build without CUDA: ranks train on processors"
+    assert "tensorflow[and-cuda]" in check({}).advice
+    monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: None)
+    told = check({"CUDA_VISIBLE_DEVICES": "1", "SPARK_CONF_DIR": str(tmp_path)})
+    assert (told.status, told.found) == (Status.WARN, "1, of which the defaults of Spark here say nothing")
+    (tmp_path / "spark-defaults.conf").write_text("spark.task.resource.gpu.amount 1\n")
+    assert check({"SPARK_CONF_DIR": str(tmp_path)}) == ok("2, which Spark assigns to tasks")
 
 
 # Two ranks

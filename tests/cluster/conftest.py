@@ -1,8 +1,9 @@
-"""A standalone Spark cluster on this machine: a master and two workers with one core each, all separate processes."""
+"""A standalone Spark cluster on this machine: a master and two workers, all separate processes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -60,13 +61,17 @@ def doomed_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def roomy_cluster(java: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """With two cores on each worker: one for a driver of its own, if need be."""
-    with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2) as cluster:
+    """With two cores on each worker, one for a driver of its own, if need be; and with two GPUs each, which are not there."""
+    gpus = (("0", "1"), ("2", "3"))
+    with running_cluster(tmp_path_factory.mktemp("roomy-cluster"), cores=2, gpus=gpus) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
+def running_cluster(
+    folder: Path, cores: int = 1, gpus: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+) -> Iterator[Cluster]:
+    """Workers with so many cores each, and such addresses of GPUs as their discovery scripts tell."""
     environment = {
         **os.environ,
         "SPARK_HOME": str(SPARK_HOME),
@@ -75,6 +80,19 @@ def running_cluster(folder: Path, cores: int = 1) -> Iterator[Cluster]:
         "SPARK_CONF_DIR": str(folder),
         "PYSPARK_PYTHON": sys.executable,
     }
-    workers = [Seat(f"worker-{number}", cores=cores) for number in (1, 2)]
+    workers = [
+        Seat(f"worker-{number}", cores=cores, options=pretended_gpus(folder / f"discover-{number}", addresses))
+        for number, addresses in enumerate(gpus, 1)
+    ]
     with running_standalone(folder, environment, Seat("master"), workers) as running:
         yield Cluster(running.url, environment, folder, running.workers)
+
+
+def pretended_gpus(script: Path, addresses: tuple[str, ...]) -> str:
+    """Options that make a worker believe in GPUs with these addresses."""
+    if not addresses:
+        return ""
+    script.write_text(f"#!/bin/sh\necho '{json.dumps({'name': 'gpu', 'addresses': addresses})}'\n")
+    script.chmod(0o755)
+    settings = {"amount": len(addresses), "discoveryScript": script}
+    return " ".join(f"-Dspark.worker.resource.gpu.{name}={value}" for name, value in settings.items())

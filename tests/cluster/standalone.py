@@ -30,12 +30,14 @@ class Seat:
         address: At which others reach it.
         cores: Slots of a worker.
         prefix: Words before its command.
+        options: Java options of a worker.
     """
 
     name: str
     address: str = "127.0.0.1"
     cores: int = 1
     prefix: tuple[str, ...] = ()
+    options: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def running_standalone(
     def start(seat: Seat, class_name: str, *arguments: str) -> subprocess.Popen[bytes]:
         command = [str(SPARK_HOME / "bin" / "spark-class"), f"org.apache.spark.deploy.{class_name}"]
         place = ["--host", seat.address, "--webui-port", "0"]
-        own = {**environment, "SPARK_LOCAL_IP": seat.address}
+        own = {**environment, "SPARK_LOCAL_IP": seat.address, "SPARK_WORKER_OPTS": seat.options}
         return stack.enter_context(
             _process([*seat.prefix, *command, *place, *arguments], own, folder / f"{seat.name}.log")
         )

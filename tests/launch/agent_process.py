@@ -70,7 +70,9 @@ def main() -> None:
     fields["key"] = bytes.fromhex(fields["key"])
     fields["timeouts"] = Timeouts(**fields["timeouts"])
     fields["files"] = {name: text.encode() for name, text in fields["files"].items()}
-    task = AgentTask(shards=(fields["rank"],), local_size=2, task_cpus=1, gpus=None, **fields)
+    task = AgentTask(
+        shards=(fields["rank"],), local_rank=fields["rank"], local_size=2, task_cpus=1, gpus=None, **fields
+    )
     run_agent(task, rows(task.rank))
     descriptors = os.listdir("/proc/self/fd")
     sys.stdout.write(f"left with {len(descriptors)} descriptors\n")

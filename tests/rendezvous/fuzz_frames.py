@@ -47,7 +47,7 @@ KINDS = [
 NAMES = [
     "rank", "host", "host_key", "phase", "epoch", "step", "rows", "validation_rows", "spec", "line", "error", "cause",
     "log_tail", "consequence", "generation", "kind", "shards", "saved", "id", "file", "bytes", "checksum", "logs",
-    "regroups", "shard", "is_waiting", "waited_s", "agent", "message", "self",
+    "regroups", "shard", "is_waiting", "waited_s", "agent", "message", "self", "gpus", "nccl",
 ]  # fmt: skip
 LINES = [
     "cmd=init pmi_version=1 pmi_subversion=1",
@@ -104,7 +104,8 @@ def sensible(rng: random.Random, kind: str) -> dict[str, Any]:
             shard = {"shard": 0, "rows": 1, "validation_rows": 0, "spec": None, "validation_spec": None}
             if rng.random() < 0.1:
                 shard[rng.choice(list(shard))] = value(rng)
-            return {"host_key": "a", "shards": [shard] * rng.randrange(3), "saved": ["000001-00000000"]}
+            shards, saved = [shard] * rng.randrange(3), ["000001-00000000"]
+            return {"host_key": "a", "shards": shards, "saved": saved, "gpus": ["0"], "nccl": True}
         case "pmi":
             return {"line": rng.choice(LINES)}
         case "failed":

@@ -13,8 +13,6 @@ from pyspark.sql import SparkSession
 from allreduce_spark import SparkModel
 from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.errors import ConfigError, MissingDependencyError, RankFailedError
-from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.spark.approval import choose_backend
 
 pytestmark = pytest.mark.spark
 with_horovod = pytest.mark.skipif(
@@ -77,10 +75,3 @@ def test_a_backend_that_does_not_exist_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="'mpi', 'horovod', 'horovod-mpi', 'auto', got 'gloo'"):
         SparkModel(compiled(), backend="gloo")
-
-
-def test_auto_is_horovod_where_all_ranks_have_a_gpu_that_it_can_use() -> None:
-    with_gpu, without = Join(0, "a", "a", (), nccl=True), Join(1, "b", "b", ())
-    assert choose_backend("auto", [with_gpu, with_gpu]) == "horovod"
-    assert choose_backend("auto", [with_gpu, without]) == "mpi"
-    assert choose_backend("horovod", [without]) == "horovod"

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import keras
 import pytest
+from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
-from allreduce_spark import Timeouts
-from allreduce_spark.spark import cluster
+from allreduce_spark import AllReduceEstimator, Timeouts, run
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.launch import gpus
+from allreduce_spark.spark import cluster, inference
+from allreduce_spark.training import cores
 
 pytestmark = pytest.mark.spark
 
@@ -48,3 +57,68 @@ def test_addresses_of_the_driver_are_taken_from_spark_without_the_brackets_of_ip
 ) -> None:
     context = SimpleNamespace(master="spark://anywhere:7077", getConf=lambda: settings)
     assert cluster.driver_addresses(context) == expected
+
+
+def test_resources_that_no_task_here_can_have_are_refused(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_gpu = ResourceProfileBuilder().require(TaskResourceRequests().cpus(1).resource("gpu", 1)).build
+    with pytest.raises(
+        ConfigError, match=r"Spark \(master local\[2\]\) has no tasks with these resources: .*Standalone"
+    ):
+        run(lambda communicator: None, resources=one_gpu)
+    for resources in ("gpu", {"gpu": 1}):
+        with pytest.raises(ConfigError, match=r"resources must be a pyspark\.resource\.ResourceProfile, got"):
+            AllReduceEstimator(resources=resources)
+    with pytest.raises(ConfigError, match="ranks_per_gpu must be at least 1, got 0"):
+        run(lambda communicator: None, ranks_per_gpu=0)
+    # Spark 4.3 takes such a job in local mode, and its tasks never start.
+    settings = spark.sparkContext.getConf().set("spark.task.resource.gpu.amount", "1")
+    monkeypatch.setattr(spark.sparkContext, "getConf", lambda: settings)
+    with pytest.raises(ConfigError, match=r"wait for ever.*spark\.task\.resource\.gpu\.amount=1"):
+        run(lambda communicator: None, num_ranks=2)
+
+
+def test_an_estimator_keeps_its_resources_and_does_not_write_them(spark: SparkSession, tmp_path: Path) -> None:
+    one_gpu = ResourceProfileBuilder().require(TaskResourceRequests().resource("gpu", 1)).build
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    estimator = AllReduceEstimator(model=model, resources=one_gpu, ranksPerGpu=2)
+    assert estimator.copy().getResources() is one_gpu
+    with pytest.warns(UserWarning, match="resources cannot be written to a file"):
+        estimator.write().save(str(tmp_path / "estimator"))
+    loaded = AllReduceEstimator.load(str(tmp_path / "estimator"))
+    assert not loaded.isSet("resources")
+    assert loaded.getRanksPerGpu() == 2
+
+
+def test_a_driver_that_leaves_no_memory_to_its_ranks_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    growth = {"GPU:0": True, "GPU:1": True}
+    monkeypatch.setattr(cores.tf.config, "list_physical_devices", lambda kind: list(growth))
+    monkeypatch.setattr(cores.tf.config.experimental, "get_memory_growth", growth.get)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cores.warn_if_gpus_are_taken({})
+        growth["GPU:1"] = False
+        cores.warn_if_gpus_are_taken({"TF_FORCE_GPU_ALLOW_GROWTH": "true"})
+    with pytest.warns(UserWarning, match="TF_FORCE_GPU_ALLOW_GROWTH=true"):
+        cores.warn_if_gpus_are_taken({})
+
+
+def test_a_task_of_predict_shows_cuda_its_own_gpu_and_leaves_the_worker_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    def use_cores(threads: int) -> None:
+        seen.append((threads, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        raise RuntimeError("TensorFlow computes already")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(cores, "use_cores", use_cores)
+    monkeypatch.setattr(gpus, "machine_gpus", lambda environ: ("0", "1"))
+    monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: None)
+    for partition, resources in ((5, {}), (5, {"gpu": SimpleNamespace(addresses=["3"])})):
+        task = SimpleNamespace(cpus=lambda: 2, partitionId=partial(int, partition), resources=lambda r=resources: r)
+        monkeypatch.setattr(inference, "_task", lambda task=task: task)
+        inference._prepare_tensorflow()
+    assert seen == [(2, "1"), (2, "3")]
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ

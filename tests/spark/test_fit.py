@@ -7,6 +7,7 @@ Each fit takes seconds, because ranks import TensorFlow: one fit serves several 
 from __future__ import annotations
 
 import csv
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,18 @@ def assert_same_weights(model: keras.Model, other: keras.Model) -> None:
 # Arrays
 
 
-def test_fit_on_arrays_gives_the_history_and_the_state_that_plain_keras_gives(spark: SparkSession) -> None:
+def test_fit_on_arrays_gives_the_history_and_the_state_that_plain_keras_gives(
+    spark: SparkSession, caplog: pytest.LogCaptureFixture
+) -> None:
     x, y = line(64)
     model = regression(optimizer=keras.optimizers.Adam(0.01), metrics=["mae"])
+    model.jit_compile = True  # as Keras has it on a GPU
     spark_model = SparkModel(model, num_ranks=2)
 
-    history = spark_model.fit((x, y), epochs=2, batch_size=8, shuffle=False, validation_split=0.25, verbose=0)
+    with caplog.at_level(logging.INFO, "allreduce_spark.spark"):
+        history = spark_model.fit((x, y), epochs=2, batch_size=8, shuffle=False, validation_split=0.25, verbose=0)
+    assert len([record for record in caplog.records if "train without XLA (jit_compile)" in record.message]) == 1
+    assert model.jit_compile
 
     expected_model = regression(optimizer=keras.optimizers.Adam(0.01), metrics=["mae"])
     expected = expected_model.fit(x, y, epochs=2, batch_size=16, shuffle=False, validation_split=0.25, verbose=0)

@@ -26,11 +26,11 @@ class Holders:
         self.order: list[str] = []
         self.got = threading.Semaphore(0)
 
-    def start(self, name: str, num_ranks: int) -> threading.Event:
+    def start(self, name: str, num_ranks: int, kind: str | None = None) -> threading.Event:
         let_go = threading.Event()
 
         def hold() -> None:
-            with hold_slots(num_ranks, lambda: self.total):
+            with hold_slots(num_ranks, lambda: self.total, kind):
                 self.order.append(name)
                 self.got.release()
                 assert let_go.wait(30)
@@ -46,6 +46,17 @@ def test_fits_that_fit_side_by_side_do_not_wait():
     assert holders.got.acquire(timeout=10)
     one.set()
     two.set()
+
+
+def test_fits_whose_slots_are_of_different_kinds_do_not_run_side_by_side():
+    holders = Holders(total=4)
+    first = holders.start("with GPUs", 2, "gpu=1")
+    assert holders.got.acquire(timeout=10)
+    second = holders.start("without", 1)
+    assert not holders.got.acquire(timeout=0.7)
+    first.set()
+    assert holders.got.acquire(timeout=10)
+    second.set()
 
 
 def test_a_small_fit_does_not_overtake_a_large_one_that_waits():

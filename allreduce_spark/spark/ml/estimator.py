@@ -78,6 +78,8 @@ class AllReduceEstimator(Estimator[AllReduceTransformer], FitParams, Persistent)
             self.getOrDefault(self.numRanks) or None,
             sync_every=self.getOrDefault(self.syncEvery),
             backend=self.getOrDefault(self.backend),
+            resources=self._if_set("resources"),
+            ranks_per_gpu=self.getOrDefault(self.ranksPerGpu),
             custom_objects=self.getOrDefault(self.customObjects),
         )
         history = spark_model.fit(

@@ -9,6 +9,7 @@ from typing import Any
 from allreduce_spark.config import BACKENDS, Checkpoint
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.ml.params import ColumnParams, count, names, one_of, param, text
+from allreduce_spark.spark.resources import check_resources
 
 __all__ = ["FitParams"]
 
@@ -86,6 +87,13 @@ class FitParams(ColumnParams):
         "ranks have GPUs and it can use them, else MPI",
         one_of(*BACKENDS),
     )
+    resources = param(
+        "resources",
+        "pyspark.resource.ResourceProfile: what each task of a fit asks of Spark, such as a GPU, where that is not what the "
+        "application's settings say. Never written to a file",
+        lambda name, value: check_resources(value),
+    )
+    ranksPerGpu = param("ranksPerGpu", "how many ranks may share a GPU", count(1))
     validationSplit = param(
         "validationSplit",
         "share of the rows to validate on, the last ones of each rank",
@@ -158,6 +166,7 @@ class FitParams(ColumnParams):
             numRanks=0,
             syncEvery=1,
             backend="mpi",
+            ranksPerGpu=1,
             validationSplit=0.0,
             shuffle=True,
             verbose=0,

@@ -29,7 +29,7 @@ __all__ = ["Persistent"]
 FORMAT_VERSION = 1
 ABOUT = "allreduceSpark"  # our part of the metadata
 MODEL = "model.keras"
-NOT_WRITTEN = ("model", "callbacks", "customObjects")  # Params whose values are no JSON
+NOT_WRITTEN = ("model", "callbacks", "customObjects", "resources")  # Params whose values are no JSON
 
 
 class Persistent(MLWritable, MLReadable[Any]):
