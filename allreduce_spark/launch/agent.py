@@ -55,6 +55,7 @@ class AgentTask:
         files: Files for the rank, by name: the model, and what goes with it.
         store: Where checkpoints are kept; None where they stay on this machine.
         backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
+        keras_backend: What Keras computes with on the driver, and so in the ranks.
     """
 
     rank: int
@@ -69,6 +70,7 @@ class AgentTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
+    keras_backend: str = "tensorflow"
 
 
 def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
@@ -129,7 +131,12 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> Wa
         os.environ,
         threads=threads,
         gpus=task.gpus,
-        extra={"TMPDIR": str(temporary), **mpi_environment(interface), **interface_environment(interface)},
+        extra={
+            "TMPDIR": str(temporary),
+            "KERAS_BACKEND": task.keras_backend,
+            **mpi_environment(interface),
+            **interface_environment(interface),
+        },
     )
     return WarmProcess(folder, threads, environment)
 

@@ -9,6 +9,7 @@ from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import RowSpec, common_spec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous.group import Join, shards_of
+from allreduce_spark.training.backends import KERAS_BACKEND
 from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.checks import check_inputs, check_labels
 
@@ -61,7 +62,7 @@ def choose_backend(wanted: str, joins: Sequence[Join]) -> str:
     """What all ranks are to reduce by, where "auto" leaves it to what the agents have found on their machines."""
     if wanted != "auto":
         return wanted
-    return "horovod" if all(join.nccl for join in joins) else "mpi"
+    return "horovod" if KERAS_BACKEND == "tensorflow" and all(join.nccl for join in joins) else "mpi"
 
 
 def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: FitConfig) -> None:

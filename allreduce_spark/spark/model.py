@@ -30,7 +30,7 @@ from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predic
 from allreduce_spark.spark.progress import Display, verbosity_of
 from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
-from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
+from allreduce_spark.training.checks import check_backends, check_callbacks, check_classes, check_model
 from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
 from allreduce_spark.training.scoring import PackedModel, pack
@@ -62,14 +62,14 @@ class SparkModel:
         backend: What the ranks reduce by. "mpi": MPICH, which is installed with this library. "horovod": Horovod, with Gloo
             between the hosts and NCCL between GPUs where it was built for them; "horovod-mpi": the same with MPI in the place
             of Gloo. `allreduce-spark install-horovod` installs it. "auto": "horovod" where every rank has a GPU, and a Horovod
-            with NCCL is there, else "mpi". The weights are the same but for the rounding of sums.
+            with NCCL is there, else "mpi". Horovod needs Keras to run on TensorFlow; MPI takes it on JAX and PyTorch too. The weights are the same but for the rounding of sums.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.
 
     Raises:
-        ConfigError: The model is not compiled, num_ranks is no positive integer, there is no such backend, or sync_every
-            makes no sense.
+        ConfigError: The model is not compiled, num_ranks is no positive integer, there is no such backend, or not for the
+            library that Keras computes with, or sync_every makes no sense.
 
     Example:
         >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
@@ -91,7 +91,7 @@ class SparkModel:
         self.model = check_model(model)
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
         self.sync_every = check_sync_every(sync_every)
-        self.backend = check_backend(backend)
+        self.backend = check_backends(check_backend(backend))
         self.timeouts = timeouts or Timeouts()
         self._custom_objects = dict(custom_objects or {})
 

@@ -18,6 +18,7 @@ from allreduce_spark.spark.approval import choose_backend
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.ranks import Work, run_work
 from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.training.checks import check_backends
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
 
@@ -59,7 +60,7 @@ def run(
     """
     if not callable(function):
         raise ConfigError(f"run needs a function, got {function!r}.")
-    timeouts, backend = timeouts or Timeouts(), check_backend(backend)
+    timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
     call = pickle_objects((function, args, kwargs))
     context = active_context()
     wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)

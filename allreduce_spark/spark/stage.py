@@ -56,6 +56,7 @@ class StageTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
+    keras_backend: str = "tensorflow"
 
 
 def run_stage(
@@ -123,6 +124,7 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         files=task.files,
         store=task.store,
         backend=task.backend,
+        keras_backend=task.keras_backend,
     )
     run_agent(agent, iter(blocks))
     return iter(())
@@ -238,8 +240,8 @@ def missing_module(error: Exception) -> str | None:
         return None
     return (
         f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
-        "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and TensorFlow are "
-        "installed. Modules of your own travel with --py-files, or SparkContext.addPyFile."
+        "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and Keras are "
+        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile."
     )
 
 

@@ -1,4 +1,5 @@
-"""The warm process: `python -m allreduce_spark.training`, started by an agent. It imports TensorFlow, then forks ranks.
+"""The warm process: `python -m allreduce_spark.training`, started by an agent. It imports Keras, and what Keras computes with,
+then forks ranks.
 
 A rank reports every failure to its agent, that of the import included, then ends.
 """

@@ -235,7 +235,7 @@ class Last(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._after_batches:
             self._agree_to_stop()
-        if self.model.stop_training:
+        if self._model.stop_training:  # not `self.model`, which would `settle` after every step
             self._first.end_epoch_early(batch)
         elif self._saver and batch != self._plan.steps - 1:
             self._saver.after_step(Position(self._epoch, batch + 1))

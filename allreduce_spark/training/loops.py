@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.optimizer import StepRows, distribute
-from allreduce_spark.training.order import ProgramOrder
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 __all__ = ["DistributedOptimizer", "broadcast", "shard_dataset"]
 
-_order = ProgramOrder()  # of all optimizers of this rank: a step may apply several
+_order = ours.ProgramOrder()  # of all optimizers of this rank: a step may apply several
 
 
 def DistributedOptimizer(
