@@ -218,8 +218,8 @@ def _prepare_keras(keras_backend: str) -> None:
 
     if keras_backend != KERAS_BACKEND:
         raise ConfigError(
-            f"Keras runs on {keras_backend} on the driver, but code of your own has imported it with {KERAS_BACKEND} in a Python "
-            f"worker of Spark. Set spark.executorEnv.KERAS_BACKEND={keras_backend} for the application."
+            f"Keras runs on {keras_backend} on the driver, but code of your own has imported it with {KERAS_BACKEND} in a "
+            f"Python worker of Spark. Set spark.executorEnv.KERAS_BACKEND={keras_backend} for the application."
         )
     from allreduce_spark.training.cores import use_cores
 

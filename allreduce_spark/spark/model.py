@@ -61,8 +61,9 @@ class SparkModel:
             network, and gives other, usually somewhat worse, weights than one process.
         backend: What the ranks reduce by. "mpi": MPICH, which is installed with this library. "horovod": Horovod, with Gloo
             between the hosts and NCCL between GPUs where it was built for them; "horovod-mpi": the same with MPI in the place
-            of Gloo. `allreduce-spark install-horovod` installs it. "auto": "horovod" where every rank has a GPU, and a Horovod
-            with NCCL is there, else "mpi". Horovod needs Keras to run on TensorFlow; MPI takes it on JAX and PyTorch too. The weights are the same but for the rounding of sums.
+            of Gloo; both need Keras to run on TensorFlow. `allreduce-spark install-horovod` installs it. "auto": "horovod"
+            where every rank has a GPU, and a Horovod with NCCL is there, else "mpi". The weights are the same but for the
+            rounding of sums.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.

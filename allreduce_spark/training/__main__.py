@@ -79,12 +79,17 @@ def _cause(error: BaseException) -> str:
 
 def _way_to_module(error: ImportError) -> str:
     python = f"{sys.executable} on {socket.gethostname()}"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("tensorflow", "keras"):
+    keras_backend = os.environ.get("KERAS_BACKEND", "tensorflow")  # as on the driver: the agent sees to it
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in (keras_backend, "keras"):
         return (
             f"The ranks run {python}: install it there. Modules of your own travel with spark-submit --py-files, or with "
             "SparkContext.addPyFile."
         )
-    return f"The executors need TensorFlow and Keras 3: install 'allreduce-spark[tensorflow]' or [tensorflow-cpu] for {python}."
+    smaller = " or [tensorflow-cpu]" if keras_backend == "tensorflow" else ""
+    return (
+        f"The executors need Keras 3 and {keras_backend}, as on the driver: install 'allreduce-spark[{keras_backend}]'{smaller} for "
+        f"{python}."
+    )
 
 
 def _is_consequence(error: BaseException) -> bool:

@@ -63,8 +63,8 @@ def check_backends(backend: str) -> str:
     """
     if backend.startswith("horovod") and KERAS_BACKEND != "tensorflow":
         raise ConfigError(
-            f"backend={backend!r} reduces what TensorFlow computes, but Keras runs on {KERAS_BACKEND} here. Leave it out (or use "
-            "backend='mpi'), or set KERAS_BACKEND=tensorflow before Keras is imported."
+            f"backend={backend!r} reduces what TensorFlow computes, but Keras runs on {KERAS_BACKEND} here. Leave it "
+            "out (or use backend='mpi'), or set KERAS_BACKEND=tensorflow before Keras is imported."
         )
     return backend
 

@@ -1,4 +1,4 @@
-"""Ranks forked from a process that has imported Keras and what that computes with: a rank then starts in tenths of a second, not in seconds.
+"""Ranks forked from a process that has imported Keras and what Keras computes with: a rank starts in tenths of a second then.
 
 The agent asks for a rank with a `Request`; `fork_ranks` answers it. Forking a process that has threads is safe only if none
 of them can hold a lock which the child needs. Seen with TensorFlow 2.21, Keras 3.15, numpy 2.4, scipy 1.17 and pyarrow 26:

@@ -137,9 +137,9 @@ def moving_variables(model: keras.Model) -> list[keras.Variable]:
 class GradientReducer:
     """Called with the local gradients inside a traced (or eager) training step; returns those of the global batch.
 
-    Dense gradients and moving variables share one flat buffer, unless gradients are reduced in the graph, or steps are stateless
-    and the moving variables come later. A sparse gradient (`tf.IndexedSlices`, of an Embedding) stays sparse: the ranks' slices are gathered, one after the other, exactly
-    as one process would have got them.
+    Dense gradients and moving variables share one flat buffer, unless gradients are reduced in the graph, or a stateless step
+    brings the moving variables later. A sparse gradient (`tf.IndexedSlices`, of an Embedding) stays sparse: the ranks' slices
+    are gathered, one after the other, exactly as one process would have got them.
 
     Args:
         communicator, rows, moving, order: As for `distribute`. The moving variables must still have the values, equal on

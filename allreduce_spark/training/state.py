@@ -4,9 +4,9 @@ What is equal on all ranks (the weights, those that EarlyStopping keeps, the opt
 rank writes a part of it; the names of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/":
 random states, the metrics of an epoch that is not over, the memory of callbacks.
 
-Not part of it are the states of random operations that are not Keras's: `tf.random.normal` inside a step, say, or the dropout of
-a PyTorch module, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model
-beside its variables.
+Not part of it are the states of random operations that are not Keras's: `tf.random.normal` inside a step, say, or the dropout
+of a PyTorch module, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model beside its
+variables.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def rows_of(count, seed=0):
 def compiled(*, normalize=False):
     keras.utils.set_random_seed(3)
     middle = [layers.BatchNormalization(), layers.Dropout(0.2, seed=1)] if normalize else []
-    model = keras.Sequential([keras.Input((8,)), layers.Dense(8, "tanh"), *middle, layers.Dense(2, activation="softmax")])
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(8, "tanh"), *middle, layers.Dense(2, activation="softmax")]
+    )
     model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
     return model
 

@@ -66,7 +66,7 @@ class KerasBackend(Protocol):
         """Make the metrics exist that Keras would make in the first step, and run nothing."""
 
     def within_steps(self) -> AbstractContextManager[None]:
-        """Let a collective that fails within a step fail as one outside: raises CollectiveError in the place of other errors."""
+        """Let a collective that fails within a step raise what it raises outside: CollectiveError."""
 
 
 if KERAS_BACKEND not in ("tensorflow", "jax", "torch"):

@@ -1,4 +1,4 @@
-"""Batches for the backends that read them through Python, in the thread that trains: the rows are mapped, and are there at once."""
+"""Batches for the backends that read them through Python, in the thread that trains: the rows are mapped, so they are there."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ _LOST = ("Horovod has been shut down", "gloo/transport")
 
 
 class ProgramOrder:
-    """See `Order`. TensorFlow itself would run what it leaves the graph for in any order, and the ranks would miss each other."""
+    """See `Order`. TensorFlow itself would leave the graph in any order, and the ranks would miss each other."""
 
     def __init__(self) -> None:
         self._graph: Any = None
