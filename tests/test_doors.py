@@ -27,6 +27,7 @@ DOORS = {
     "tensorflow": [
         "training/backends/tensorflow.py",
         "training/cores.py",
+        "training/loops.py",  # has to do with the user's data sets of TensorFlow
         "communicator/horovod.py",  # its operations are TensorFlow's
     ],
     "jax": ["training/backends/jax.py", "training/cores.py"],

@@ -1,5 +1,5 @@
-"""Keras on JAX and on PyTorch, without TensorFlow. Keras chooses its backend when it is imported, so each has a run of pytest for
-itself."""
+"""Keras on JAX and on PyTorch, without TensorFlow. Keras chooses its backend when it is imported, so each has a run of pytest
+for itself."""
 
 from __future__ import annotations
 

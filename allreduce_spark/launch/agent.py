@@ -13,7 +13,7 @@ import select
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,7 @@ class AgentTask:
         files: Files for the rank, by name: the model, and what goes with it.
         store: Where checkpoints are kept; None where they stay on this machine.
         backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
-        keras_backend: What Keras computes with on the driver, and so in the ranks.
+        keras_environment: What makes Keras compute with what it does on the driver (`training.backends.environment`).
     """
 
     rank: int
@@ -70,7 +70,7 @@ class AgentTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
-    keras_backend: str = "tensorflow"
+    keras_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
@@ -133,7 +133,7 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str) -> Wa
         gpus=task.gpus,
         extra={
             "TMPDIR": str(temporary),
-            "KERAS_BACKEND": task.keras_backend,
+            **task.keras_environment,
             **mpi_environment(interface),
             **interface_environment(interface),
         },

@@ -50,13 +50,13 @@ class KerasTask:
         return self._body(*arguments)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from allreduce_spark.training.backends import KERAS_BACKEND
+        from allreduce_spark.training.backends import environment
 
-        return partial, (_run_with_keras, KERAS_BACKEND, cloudpickle.dumps(self._body))
+        return partial, (_run_with_keras, environment(), cloudpickle.dumps(self._body))
 
 
-def _run_with_keras(keras_backend: str, body: bytes, *arguments: Any) -> Any:
-    _prepare_keras(keras_backend)
+def _run_with_keras(environment: dict[str, str], body: bytes, *arguments: Any) -> Any:
+    _prepare_keras(environment)
     return cloudpickle.loads(body)(*arguments)
 
 
@@ -206,16 +206,17 @@ def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
     return value
 
 
-def _prepare_keras(keras_backend: str) -> None:
+def _prepare_keras(environment: dict[str, str]) -> None:
     """Before it is imported: quiet, and on the cores of this task alone. Spark runs a task for every core of a machine.
 
     Raises:
         ConfigError: The worker has imported Keras before, with another backend.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ["KERAS_BACKEND"] = keras_backend
+    os.environ.update(environment)
     from allreduce_spark.training.backends import KERAS_BACKEND
 
+    keras_backend = environment["KERAS_BACKEND"]
     if keras_backend != KERAS_BACKEND:
         raise ConfigError(
             f"Keras runs on {keras_backend} on the driver, but code of your own has imported it with {KERAS_BACKEND} in a "

@@ -29,7 +29,7 @@ from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
 from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.stage import StageTask, error_of, run_stage
-from allreduce_spark.training.backends import KERAS_BACKEND
+from allreduce_spark.training.backends import environment
 
 __all__ = ["Spectator", "Work", "run_work"]
 
@@ -137,7 +137,7 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
                 work.files,
                 work.store,
                 work.backend,
-                KERAS_BACKEND,
+                environment(),
             )
             work.spectator.show_phase(Phase.START)
             shards = shards_for(work.shards, work.num_shards, num_ranks)

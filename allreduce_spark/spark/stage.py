@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,7 +56,7 @@ class StageTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
-    keras_backend: str = "tensorflow"
+    keras_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_stage(
@@ -124,7 +124,7 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         files=task.files,
         store=task.store,
         backend=task.backend,
-        keras_backend=task.keras_backend,
+        keras_environment=task.keras_environment,
     )
     run_agent(agent, iter(blocks))
     return iter(())

@@ -86,10 +86,8 @@ def _way_to_module(error: ImportError) -> str:
             "SparkContext.addPyFile."
         )
     smaller = " or [tensorflow-cpu]" if keras_backend == "tensorflow" else ""
-    return (
-        f"The executors need Keras 3 and {keras_backend}, as on the driver: install 'allreduce-spark[{keras_backend}]'{smaller} for "
-        f"{python}."
-    )
+    extras = f"'allreduce-spark[{keras_backend}]'{smaller}"
+    return f"The executors need Keras 3 and {keras_backend}, as on the driver: install {extras} for {python}."
 
 
 def _is_consequence(error: BaseException) -> bool:

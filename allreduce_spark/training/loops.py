@@ -26,8 +26,8 @@ def DistributedOptimizer(
 ) -> keras.optimizers.Optimizer:
     """Let an optimizer apply the mean of all ranks' gradients, in `model.fit` and in loops that call `optimizer.apply`.
 
-    Every rank's gradient counts alike; where ranks have batches of different sizes, scale the loss. Compile models with
-    `jit_compile=False`: XLA knows no way out of its graph to the other ranks.
+    Every rank's gradient counts alike; where ranks have batches of different sizes, scale the loss. With TensorFlow and
+    PyTorch compile models with `jit_compile=False`: their compiled code knows no way out to the other ranks. JAX's does.
 
     Args:
         optimizer: Of Keras 3; built or not. Changed in place, it keeps its class.
@@ -83,5 +83,7 @@ def shard_dataset(dataset: tf.data.Dataset, communicator: Communicator) -> tf.da
 
 def _zipped(parts: tuple[Any, ...]) -> tf.data.Dataset:
     """One data set of elements, from the data sets of their components that `window` gives."""
+    import tensorflow as tf  # whoever has such a data set has imported it
+
     structure = parts if len(parts) > 1 else parts[0]
     return structure if isinstance(structure, tf.data.Dataset) else tf.data.Dataset.zip(structure)

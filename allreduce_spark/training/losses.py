@@ -96,7 +96,7 @@ class GlobalLoss(keras.losses.Loss):
         """R / (rows_r * sum(D)), or R / rows_r where there is no denominator; computed when the step runs."""
         if isinstance(denominator, keras.KerasTensor):
             return 1.0  # Keras works out shapes; no step runs
-        wide, ops = ours.WIDEST_FLOAT, keras.ops
+        wide, ops = ours.widest_float(), keras.ops
         argument = ops.zeros((0,), wide) if denominator is None else ops.reshape(ops.cast(denominator, wide), (1,))
         (factor,) = self._order.call(
             lambda array: [self._sum_denominators(array)], [ops.stop_gradient(argument)], [((), wide)]

@@ -93,15 +93,21 @@ def train(communicator):
     x, y = rows_of(32)
     mine = slice(communicator.rank, None, communicator.world_size)
     model.fit(x[mine], y[mine], batch_size=16, shuffle=False, verbose=0)
-    return model.get_weights()
+    return [*model.get_weights(), keras.ops.convert_to_numpy(keras.ops.ones(1, "float64"))]
 
 
-def test_a_loop_of_ones_own_takes_the_step_of_all_rows(spark):
+def test_a_loop_of_ones_own_takes_the_step_of_all_rows_with_the_types_of_the_driver(spark, request):
     x, y = rows_of(32)
     model = compiled()
     model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
     model.fit(x, y, batch_size=32, shuffle=False, verbose=0)
-    for weights in run(train, num_ranks=2, backend="auto"):
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_enable_x64", True)
+        request.addfinalizer(lambda: jax.config.update("jax_enable_x64", False))
+    for *weights, wide in run(train, num_ranks=2, backend="auto"):
+        assert wide.dtype == np.float64
         for ours, expected in zip(weights, model.get_weights(), strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 

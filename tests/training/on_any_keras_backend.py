@@ -1,5 +1,7 @@
-"""Exactness with Keras on JAX and on PyTorch. `tests/test_keras_backends.py` runs this in a process of its own for each, because
-Keras chooses its backend when it is imported. With TensorFlow, `test_exactness.py` and its neighbours say all this, and more."""
+"""Exactness with Keras on JAX and on PyTorch; `tests/test_keras_backends.py` runs it for each in a process of its own.
+
+With TensorFlow, `test_exactness.py` and its neighbours say all this, and more.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ def tagger():
     """Masked tokens in, two outputs: neither loss is a mean over rows."""
     keras.utils.set_random_seed(5)
     tokens = keras.Input((6,), dtype="int32")
-    hidden = layers.SimpleRNN(8, return_sequences=True)(layers.Embedding(20, 4, mask_zero=True)(tokens))
+    hidden = layers.Dense(8, "tanh")(layers.Embedding(20, 4, mask_zero=True)(tokens))
     tag = layers.Dense(3, activation="softmax", name="tag")(hidden)
     value = layers.Dense(1, name="value")(layers.GlobalAveragePooling1D()(hidden))
     model = keras.Model(tokens, {"tag": tag, "value": value})
@@ -63,7 +65,7 @@ def tagged(sizes, seed):
 
 def test_ranks_on_uneven_shards_end_where_one_process_ends_also_with_losses_that_are_no_mean(fit_ranks, fit_reference):
     model, config = tagger(), FitConfig(epochs=2, batch_size=8, seed=7)
-    parts = tagged((17, 0, 10), seed=6)
+    parts = tagged((16, 0, 9), seed=6)
     assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
 
@@ -73,7 +75,7 @@ def test_weights_of_rows_and_validation_and_metrics_that_are_no_mean_are_those_o
         [keras.Input((8,)), layers.Dense(6, "tanh", kernel_regularizer="l2"), layers.Dense(1, activation="sigmoid")]
     )
     model.compile("adam", "binary_crossentropy", metrics=[keras.metrics.AUC(), keras.metrics.F1Score(threshold=0.5)])
-    parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data((17, 0, 9))]
+    parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data((24, 0, 9))]
     config = FitConfig(epochs=2, batch_size=8, validation_split=0.3, class_weight={0: 0.3, 1: 2.5})
     assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
@@ -106,11 +108,10 @@ def test_moving_statistics_are_averaged_by_rows(fit_ranks):
     assert states[0][0] != states[1][0], "the ranks drop the same units"
 
 
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_bits_of_one_that_was_not_interrupted(fit_ranks, policy):
-    model, parts = normalized(policy), dense_data((19, 12))
-    config = FitConfig(epochs=2, batch_size=4, seed=7, validation_split=0.2)
-    arguments = {"checkpoint": Checkpoint(every_steps=3), "callbacks": lambda: [keras.callbacks.EarlyStopping("loss")]}
+def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_bits_of_one_that_was_not_interrupted(fit_ranks):
+    model, parts = normalized("mixed_bfloat16"), dense_data((16, 12))
+    config = FitConfig(epochs=2, batch_size=4, seed=7, validation_split=0.25)
+    arguments = {"checkpoint": Checkpoint(every_steps=5), "callbacks": lambda: [keras.callbacks.EarlyStopping("loss")]}
     whole = fit_ranks(model, parts, config, **arguments)
     name = "000001-00000002"
     resume = Resume(name, {r: m["kept"] for r, fitted in enumerate(whole) for m in fitted.saved if m["id"] == name})

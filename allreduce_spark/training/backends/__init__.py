@@ -16,7 +16,7 @@ import numpy as np
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["KERAS_BACKEND", "KerasBackend", "Order", "ours", "settle"]
+__all__ = ["KERAS_BACKEND", "KerasBackend", "Order", "environment", "ours", "settle"]
 
 KERAS_BACKEND: str = keras.backend.backend()
 
@@ -47,23 +47,27 @@ class KerasBackend(Protocol):
         IS_STATELESS: Whether a `train_step` takes and returns the values of variables, instead of changing them. Then
             `optimizer.apply` sees nothing of what the forward pass has moved.
         SPARSE: Types of sparse gradients.
-        WIDEST_FLOAT: Of the types that a tensor can have.
     """
 
     COMPILES_CALLS: bool
     IS_STATELESS: bool
     SPARSE: tuple[type[Any], ...]
-    WIDEST_FLOAT: str
     ProgramOrder: Callable[[], Order]
 
     def dataset(self, read: Callable[[int], tuple[Any, ...]], steps: int) -> Any:
         """What Keras's `fit` and `evaluate` take for the batches `read(0)`, ..., `read(steps - 1)`, read anew in each epoch."""
+
+    def widest_float(self) -> str:
+        """Of the types that a tensor can have, by its name."""
 
     def view(self, variable: keras.Variable) -> np.ndarray:
         """A variable's value without a copy where there can be: to be read before the next step."""
 
     def build_metrics(self, model: keras.Model, batch: tuple[Any, ...]) -> None:
         """Make the metrics exist that Keras would make in the first step, and run nothing."""
+
+    def wait_for_step(self) -> None:
+        """Return when the step that was called last has run, and with it the numpy code in it."""
 
     def within_steps(self) -> AbstractContextManager[None]:
         """Let a collective that fails within a step raise what it raises outside: CollectiveError."""
@@ -75,6 +79,14 @@ if KERAS_BACKEND not in ("tensorflow", "jax", "torch"):
         "torch before Keras is imported."
     )
 ours = cast(KerasBackend, importlib.import_module(f"{__name__}.{KERAS_BACKEND}"))
+
+
+def environment() -> dict[str, str]:
+    """The variables that make Keras compute, in another process, with what it does here."""
+    variables = {"KERAS_BACKEND": KERAS_BACKEND}
+    if KERAS_BACKEND == "jax":
+        variables["JAX_ENABLE_X64"] = str(ours.widest_float() == "float64")
+    return variables
 
 
 def settle(model: keras.Model) -> None:

@@ -17,18 +17,18 @@ __all__ = [
     "COMPILES_CALLS",
     "IS_STATELESS",
     "SPARSE",
-    "WIDEST_FLOAT",
     "ProgramOrder",
     "build_metrics",
     "dataset",
     "view",
+    "wait_for_step",
+    "widest_float",
     "within_steps",
 ]
 
 COMPILES_CALLS = True
 IS_STATELESS = True
 SPARSE = ()
-WIDEST_FLOAT = "float64" if jax.config.jax_enable_x64 else "float32"
 
 _raised: list[Exception] = []  # by numpy code in the steps of this process: JAX keeps but the text of what it raises
 
@@ -52,6 +52,10 @@ class ProgramOrder:
         return list(io_callback(on_host, expected, *inputs, ordered=True))
 
 
+def widest_float() -> str:
+    return "float64" if jax.config.jax_enable_x64 else "float32"
+
+
 def view(variable: keras.Variable) -> np.ndarray:
     return np.asarray(variable.value)
 
@@ -60,8 +64,13 @@ def build_metrics(model: keras.Model, batch: tuple[Any, ...]) -> None:
     model._symbolic_build(data_batch=batch)  # as `fit` does, whatever the step
 
 
+def wait_for_step() -> None:
+    jax.effects_barrier()  # on a GPU, a step has been asked for when it returns
+
+
 @contextlib.contextmanager
 def within_steps() -> Iterator[None]:
+    _raised.clear()
     try:
         yield
     except Exception as error:

@@ -17,20 +17,20 @@ __all__ = [
     "COMPILES_CALLS",
     "IS_STATELESS",
     "SPARSE",
-    "WIDEST_FLOAT",
     "ProgramOrder",
     "WatchedGraph",
     "build_metrics",
     "dataset",
     "reduce_in_graph",
     "view",
+    "wait_for_step",
+    "widest_float",
     "within_steps",
 ]
 
 COMPILES_CALLS = False
 IS_STATELESS = False
 SPARSE = (tf.IndexedSlices,)
-WIDEST_FLOAT = "float64"
 
 READ_AHEAD = 2  # batches
 
@@ -82,6 +82,10 @@ def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Datas
     return tf.data.Dataset.range(steps).map(tensors_of).prefetch(READ_AHEAD).with_options(options)
 
 
+def widest_float() -> str:
+    return "float64"
+
+
 def view(variable: keras.Variable) -> np.ndarray:
     tensor = tf.convert_to_tensor(variable.value)
     try:
@@ -96,6 +100,10 @@ def build_metrics(model: keras.Model, batch: tuple[Any, ...]) -> None:
     else:
         # A step of the user's own may do anything: trace it.
         tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
+
+
+def wait_for_step() -> None:
+    """Steps have run when they return."""
 
 
 @contextlib.contextmanager

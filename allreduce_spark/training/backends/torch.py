@@ -16,18 +16,18 @@ __all__ = [
     "COMPILES_CALLS",
     "IS_STATELESS",
     "SPARSE",
-    "WIDEST_FLOAT",
     "ProgramOrder",
     "build_metrics",
     "dataset",
     "view",
+    "wait_for_step",
+    "widest_float",
     "within_steps",
 ]
 
 COMPILES_CALLS = False
 IS_STATELESS = False
 SPARSE = ()
-WIDEST_FLOAT = "float64"
 
 within_steps = contextlib.nullcontext  # errors come through as they are
 
@@ -46,6 +46,10 @@ class ProgramOrder:
         return [keras.ops.convert_to_tensor(np.array(v), dtype) for v, dtype in zip(values, types, strict=True)]
 
 
+def widest_float() -> str:
+    return "float64"
+
+
 def view(variable: keras.Variable) -> np.ndarray:
     value: torch.Tensor = variable.value.detach()
     if value.dtype != torch.bfloat16 and value.device.type == "cpu":
@@ -55,3 +59,7 @@ def view(variable: keras.Variable) -> np.ndarray:
 
 def build_metrics(model: keras.Model, batch: tuple[Any, ...]) -> None:
     model._symbolic_build(data_batch=batch)  # as `fit` does, whatever the step
+
+
+def wait_for_step() -> None:
+    """Steps have run when they return."""
