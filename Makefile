@@ -11,13 +11,14 @@ INSTALL = $(LOCK) $(BIN)/python -m pip install --quiet --disable-pip-version-che
 # Spark starts its workers with the `python3` of the PATH unless it is told otherwise.
 export PYSPARK_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: help demo test test-docker support lint horovod bench fuzz chaos clean distclean check-machine
+.PHONY: help demo test test-docker test-jax test-torch support lint horovod bench fuzz chaos clean distclean check-machine
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo         train on the handwritten digits of scikit-learn, on 2 ranks; prints the held-out accuracy"
 	@echo "make test         all tests"
 	@echo "make test-docker  build the image, train in containers, kill one (minutes; starts a Docker engine: as root, on Debian)"
+	@echo "make test-jax     the tests of Keras on JAX, in an environment of their own; 'make test-torch': on PyTorch"
 	@echo "make support      run what trains on ranks everywhere that this machine can, and write the README's table of it"
 	@echo "make lint         ruff, mypy, the import rule, the Dockerfiles"
 	@echo "make horovod      build Horovod (minutes, once; the wheel is kept), so that its tests are not skipped"
@@ -34,6 +35,11 @@ test: .venv/.test
 
 test-docker: .venv/.test
 	tests/cluster/with_engine.sh $(BIN)/python -m pytest tests/cluster/test_docker.py tests/cluster/test_docker_files.py
+
+# In the environment of all tests JAX would make every import of Keras slower, and PyTorch is large. Name another build with
+# `make test-torch KERAS_ON="torch==2.13.0+cpu"`, say.
+test-jax test-torch: test-%: .venv-%/.created
+	PYSPARK_PYTHON=$(CURDIR)/.venv-$*/bin/python .venv-$*/bin/python -m pytest tests/test_keras_backends.py -k $*
 
 # What trains where: a table in the README. Docker, namespaces and Horovod are in it where this machine has them.
 support: .venv/.test
@@ -71,7 +77,7 @@ clean:
 	find allreduce_spark tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-elephas
+	rm -rf .venv .venv-elephas .venv-jax .venv-torch
 
 # Said before anything is downloaded: what the machine itself lacks, and how to get it.
 check-machine:
@@ -90,6 +96,11 @@ check-machine:
 
 .venv/.test: $(METADATA) .venv/.created | check-machine
 	$(INSTALL) ".[demo,test]"
+	@touch $@
+
+.venv-jax/.created .venv-torch/.created: .venv-%/.created: $(METADATA) | check-machine
+	"$(PYTHON)" -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[spark,$*]" $(KERAS_ON) pytest pytest-timeout
 	@touch $@
 
 # The library to compare with, and the older versions that it pins: beside ours they could not be installed.

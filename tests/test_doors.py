@@ -24,7 +24,14 @@ DOORS = {
     "pyspark": ["spark/", "elephas/"],
     "py4j": ["spark/", "elephas/"],
     "keras": ["training/"],
-    "tensorflow": ["training/", "communicator/horovod.py"],  # Horovod's operations are TensorFlow's
+    "tensorflow": [
+        "training/backends/tensorflow.py",
+        "training/cores.py",
+        "training/loops.py",  # has to do with the user's data sets of TensorFlow
+        "communicator/horovod.py",  # its operations are TensorFlow's
+    ],
+    "jax": ["training/backends/jax.py", "training/cores.py"],
+    "torch": ["training/backends/torch.py", "training/cores.py"],
     "mpi4py": ["communicator/mpi.py"],
     "horovod": ["communicator/horovod.py"],
     "cryptography": ["rendezvous/handshake.py"],

@@ -111,8 +111,10 @@ def check_workers(environ: Mapping[str, str] = os.environ) -> Result:
     return ok(f"Spark starts its workers with {python}")
 
 
-def check_tensorflow() -> Result:
-    version = version_of("tensorflow")
+def check_tensorflow(environ: Mapping[str, str] = os.environ) -> Result:
+    version, (backend, _) = version_of("tensorflow"), keras_backend(environ)
+    if version is None and backend in ("jax", "torch"):
+        return ok(f"not found, and not needed: Keras runs on {backend}")
     if version is None:
         return fail("not found", INSTALL_TENSORFLOW)
     if numbers(version) < (2, 18):
@@ -132,13 +134,17 @@ def check_keras(environ: Mapping[str, str] = os.environ) -> Result:
     if numbers(version) < (3, 8):
         return fail(version, "Keras 3.8 or newer is needed: pip install 'keras>=3.8,<4'")
     backend, source = keras_backend(environ)
-    if backend != "tensorflow":
-        return fail(f"{version} with backend {backend!r} (from {source})", "Set KERAS_BACKEND=tensorflow.")
+    if backend not in ("tensorflow", "jax", "torch"):
+        advice = "Set KERAS_BACKEND to tensorflow, jax or torch."
+        return fail(f"{version} with backend {backend!r} (from {source})", advice)
+    if version_of(backend) is None and backend != "tensorflow":
+        advice = f"pip install 'allreduce-spark[{backend}]', here and on the executors."
+        return fail(f"{version} with backend {backend!r} (from {source}), which is not installed", advice)
     if environ.get("TF_USE_LEGACY_KERAS", "0").lower() not in ("", "0", "false"):
         return warn(
             f"{version}, but TF_USE_LEGACY_KERAS is set", "Unset it: models from tf.keras would be those of Keras 2."
         )
-    return ok(f"{version}, backend tensorflow")
+    return ok(f"{version}, backend {backend}")
 
 
 def keras_backend(environ: Mapping[str, str]) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import select
 import socket
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,7 @@ class AgentTask:
         files: Files for the rank, by name: the model, and what goes with it.
         store: Where checkpoints are kept; None where they stay on this machine.
         backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
+        keras_environment: What makes Keras compute with what it does on the driver (`training.backends.environment`).
     """
 
     rank: int
@@ -71,6 +72,7 @@ class AgentTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
+    keras_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_agent(task: AgentTask, blocks: Iterator[tuple[int, bytes]]) -> None:
@@ -103,7 +105,7 @@ def _look_after_rank(task: AgentTask, blocks: Iterator[tuple[int, bytes]], drive
         driver.start_heartbeats(task.timeouts.heartbeat_s, place.read)
         for name, content in task.files.items():
             (folder / name).write_bytes(content)
-        gpus = choose_gpus(task.gpus, task.local_rank)
+        gpus = choose_gpus(task.gpus, task.local_rank, {**os.environ, **task.keras_environment})
         with contextlib.closing(_start_warm_process(task, folder, driver.local_address, gpus)) as warm:
             start_rank = partial(warm.start_rank, task.rank, task.num_ranks)
             store = None if task.store is None else Store(task.store)
@@ -132,7 +134,12 @@ def _start_warm_process(task: AgentTask, folder: Path, local_address: str, gpus:
         os.environ,
         threads=threads,
         gpus=gpus,
-        extra={"TMPDIR": str(temporary), **mpi_environment(interface), **interface_environment(interface)},
+        extra={
+            "TMPDIR": str(temporary),
+            **task.keras_environment,
+            **mpi_environment(interface),
+            **interface_environment(interface),
+        },
     )
     return WarmProcess(folder, threads, environment)
 

@@ -29,15 +29,16 @@ def choose_gpus(
     Args:
         assigned: What Spark gave to the task; None where the task asked for no GPU.
         local_rank: Index among the processes of this machine that choose.
-        environ: The environment that the process would inherit.
+        environ: The environment that the process would inherit; its KERAS_BACKEND names what is to use the GPU.
 
     Returns:
-        None where nothing is known of a GPU here that TensorFlow could use: the environment then stays as it is.
+        None where nothing is known of a GPU here that could be used: the environment then stays as it is.
     """
     if assigned is not None:
         return tuple(assigned)
     found = machine_gpus(environ)
-    if not found or why_tensorflow_has_none(environ) is not None:
+    on_tensorflow = environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow"
+    if not found or (on_tensorflow and why_tensorflow_has_none(environ) is not None):
         return None
     return (found[local_rank % len(found)],)
 

@@ -11,6 +11,7 @@ from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import RowSpec, common_spec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous.group import Join, shards_of
+from allreduce_spark.training.backends import KERAS_BACKEND
 from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.checks import check_inputs, check_labels
 
@@ -102,7 +103,7 @@ def choose_backend(wanted: str, joins: Sequence[Join]) -> str:
     Raises:
         ConfigError: Horovod would use NCCL, which takes one GPU for each rank, neither shared nor missing.
     """
-    ready = all(join.nccl for join in joins)
+    ready = KERAS_BACKEND == "tensorflow" and all(join.nccl for join in joins)
     shared = any(len(sharing) > 1 for sharing in _ranks_by_gpu(joins).values())
     if wanted == "auto":
         return "horovod" if ready and not shared else "mpi"

@@ -20,6 +20,7 @@ from allreduce_spark.spark.cluster import count_slots
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
 from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
 from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.job import make_job
 from allreduce_spark.training.result import take_over
@@ -68,8 +69,8 @@ def run_fit(
         ConfigError, DataError: Something about the model or the rows cannot work; no rank has started.
         RankFailedError, CancelledError, KeyboardInterrupt: What ended the fit.
     """
-    if model.jit_compile:
-        log.info("the ranks train without XLA (jit_compile): it knows no way out of its graph to the other ranks")
+    if model.jit_compile and not ours.COMPILES_CALLS:
+        log.info("the ranks train without jit_compile: compiled code would know no way out to the other ranks")
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     with (
         scratch_folder() as folder,  # which the next fit here removes if this driver is killed

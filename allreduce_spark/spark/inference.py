@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import numpy as np
 import pyarrow as pa
 from pyspark import RDD, Broadcast, TaskContext
@@ -19,7 +19,7 @@ from allreduce_spark.data.cells import lists, numbers, vectors
 from allreduce_spark.data.columns import read_columns
 from allreduce_spark.data.flat import RowError, Values
 from allreduce_spark.data.forms import TableForm
-from allreduce_spark.errors import AllReduceSparkError, DataError, MissingDependencyError
+from allreduce_spark.errors import AllReduceSparkError, ConfigError, DataError, MissingDependencyError
 from allreduce_spark.launch.gpus import choose_gpus, seen_by_cuda
 from allreduce_spark.spark.stage import assigned_gpus, missing_module
 
@@ -28,32 +28,51 @@ if TYPE_CHECKING:
     from allreduce_spark.training.models.heads import Head
     from allreduce_spark.training.scoring import PackedModel
 
-__all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
+__all__ = ["KerasTask", "NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
 
 
 def predict_blocks(
     packed: PackedModel, batch_size: int, blocks: RDD[bytes], resources: ResourceProfile | None = None
 ) -> list[Any]:
     """The predictions of each partition that has rows, in the order of the partitions."""
-    return _collect(blocks.mapPartitions(partial(_predict, packed, batch_size)), resources)
+    return _collect(blocks.mapPartitions(KerasTask(partial(_predict, packed, batch_size))), resources)
 
 
 def evaluate_blocks(
     packed: PackedModel, batch_size: int, blocks: RDD[bytes], resources: ResourceProfile | None = None
 ) -> list[PartitionMetrics]:
     """The metric state of each partition that has rows."""
-    return _collect(blocks.mapPartitions(partial(_evaluate, packed, batch_size)), resources)
+    return _collect(blocks.mapPartitions(KerasTask(partial(_evaluate, packed, batch_size))), resources)
+
+
+class KerasTask:
+    """The body of a task that uses Keras. It travels packed a second time: whoever unpacks it imports Keras, which has to know
+    by then what it is to compute with."""
+
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self._body = body
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._body(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from allreduce_spark.training.backends import environment
+
+        return partial, (_run_with_keras, environment(), cloudpickle.dumps(self._body))
+
+
+def _run_with_keras(environment: dict[str, str], body: bytes, *arguments: Any) -> Any:
+    _prepare_keras(environment)
+    return cloudpickle.loads(body)(*arguments)
 
 
 def _predict(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
-    _prepare_tensorflow()
     from allreduce_spark.training.inference import predict_rows
 
     return _only_known_errors(partial(predict_rows, packed, batch_size, blocks))
 
 
 def _evaluate(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
-    _prepare_tensorflow()
     from allreduce_spark.training.inference import evaluate_rows
 
     return _only_known_errors(partial(evaluate_rows, packed, batch_size, blocks))
@@ -142,7 +161,6 @@ def add_columns(
     Raises:
         DataError: A row is not what the model takes; names the partition, the row and the column.
     """
-    _prepare_tensorflow()
     from allreduce_spark.training.scoring import scorer_of
 
     with_outputs = any(column.source != "layer" for column in transform.columns)
@@ -194,16 +212,28 @@ def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
     return value
 
 
-def _prepare_tensorflow() -> None:
+def _prepare_keras(environment: dict[str, str]) -> None:
     """Before it is imported: quiet, and on the cores and the GPU of this task alone. Spark runs many tasks on a machine.
 
-    Tasks that were given no GPU take turns with those of the machine. TensorFlow cannot change any of this once it computes: in
-    a worker that Spark uses again it stays with what the worker's first task had.
+    Tasks that were given no GPU take turns with those of the machine. None of this can be changed once there was a computation:
+    a worker that Spark uses again stays with what its first task had.
+
+    Raises:
+        ConfigError: The worker has imported Keras before, with another backend.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.update(environment)
+    from allreduce_spark.training.backends import KERAS_BACKEND
+
+    keras_backend = environment["KERAS_BACKEND"]
+    if keras_backend != KERAS_BACKEND:
+        raise ConfigError(
+            f"Keras runs on {keras_backend} on the driver, but code of your own has imported it with {KERAS_BACKEND} in a "
+            f"Python worker of Spark. Set spark.executorEnv.KERAS_BACKEND={keras_backend} for the application."
+        )
     from allreduce_spark.training.cores import use_cores
 
-    with seen_by_cuda(choose_gpus(assigned_gpus(_task()), _partition())), contextlib.suppress(RuntimeError):
+    with seen_by_cuda(choose_gpus(assigned_gpus(_task()), _partition())):
         use_cores(_task().cpus())
 
 

@@ -33,7 +33,7 @@ from allreduce_spark.spark.progress import Display, verbosity_of
 from allreduce_spark.spark.recovery import Safety, newest_checkpoint
 from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
-from allreduce_spark.training.checks import check_callbacks, check_classes, check_model
+from allreduce_spark.training.checks import check_backends, check_callbacks, check_classes, check_model
 from allreduce_spark.training.cores import warn_if_gpus_are_taken
 from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
@@ -65,20 +65,21 @@ class SparkModel:
             network, and gives other, usually somewhat worse, weights than one process.
         backend: What the ranks reduce by. "mpi": MPICH, which is installed with this library. "horovod": Horovod, with Gloo
             between the hosts and NCCL between GPUs where it was built for them; "horovod-mpi": the same with MPI in the place
-            of Gloo. `allreduce-spark install-horovod` installs it. "auto": "horovod" where every rank has a GPU, and a Horovod
-            with NCCL is there, else "mpi". The weights are the same but for the rounding of sums.
+            of Gloo; both need Keras to run on TensorFlow. `allreduce-spark install-horovod` installs it. "auto": "horovod"
+            where every rank has a GPU, and a Horovod with NCCL is there, else "mpi". The weights are the same but for the
+            rounding of sums.
         resources: What each task asks of Spark, such as a GPU (`TaskResourceRequests().cpus(4).resource("gpu", 1)`); None for
             what the application's settings say. It holds for fit, evaluate and predict, and is not saved. Standalone
             clusters, YARN and Kubernetes have such profiles, local mode has not; they may ask for no executors of their own.
         ranks_per_gpu: How many ranks may share a GPU; not saved. A rank uses the GPU that Spark gave to its task. Where tasks
-            ask for none, and the machine has some that TensorFlow can use, it uses the one of its local rank.
+            ask for none, and the machine has some that Keras can use, it uses the one of its local rank.
         custom_objects: Classes and functions, by name, that Keras needs to load the model. Those that are registered with
             Keras, or are found in the model, need not be named.
         timeouts: Deadlines of all that a fit waits for.
 
     Raises:
-        ConfigError: The model is not compiled, num_ranks or ranks_per_gpu is no positive integer, there is no such backend,
-            sync_every makes no sense, or no cluster has such resources.
+        ConfigError: The model is not compiled, num_ranks or ranks_per_gpu is no positive integer, there is no such backend, or
+            not for the library that Keras computes with, sync_every makes no sense, or no cluster has such resources.
 
     Example:
         >>> spark_model = SparkModel(model, num_ranks=2)            # doctest: +SKIP
@@ -102,7 +103,7 @@ class SparkModel:
         self.model = check_model(model)
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
         self.sync_every = check_sync_every(sync_every)
-        self.backend = check_backend(backend)
+        self.backend = check_backends(check_backend(backend))
         self.resources = check_resources(resources)
         self.ranks_per_gpu = check_ranks_per_gpu(ranks_per_gpu)
         self.timeouts = timeouts or Timeouts()

@@ -30,6 +30,7 @@ from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
 from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.stage import StageTask, error_of, run_stage
+from allreduce_spark.training.backends import environment
 
 __all__ = ["Spectator", "Work", "run_work"]
 
@@ -131,7 +132,15 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
             _, port = rendezvous.start(listen_host)
             address = (reachable_host, port)
             task = StageTask(
-                num_ranks, work.num_shards, address, key, work.timeouts, work.files, work.store, work.backend
+                num_ranks,
+                work.num_shards,
+                address,
+                key,
+                work.timeouts,
+                work.files,
+                work.store,
+                work.backend,
+                environment(),
             )
             work.spectator.show_phase(Phase.START)
             shards = shards_for(work.shards, work.num_shards, num_ranks)

@@ -21,6 +21,7 @@ from allreduce_spark.spark.cluster import active_context, check_cluster, count_s
 from allreduce_spark.spark.ranks import Work, run_work
 from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.training.checks import check_backends
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
 
@@ -65,7 +66,7 @@ def run(
     """
     if not callable(function):
         raise ConfigError(f"run needs a function, got {function!r}.")
-    timeouts, backend = timeouts or Timeouts(), check_backend(backend)
+    timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
     resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     call = pickle_objects((function, args, kwargs))
     context = active_context()

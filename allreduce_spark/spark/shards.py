@@ -185,7 +185,7 @@ def _way_to_spark(data: Any) -> str:
     module = type(data).__module__
     if module.startswith("pandas"):
         return "Make a Spark DataFrame of it with spark.createDataFrame(data)."
-    if module.startswith(("tensorflow", "keras", "torch")):
+    if module.startswith(("tensorflow", "keras", "torch", "jax")):
         return "A data set that is made for one process cannot be divided among ranks: give the rows themselves."
     if isinstance(data, list):
         return "Make an RDD of a list of rows with spark.sparkContext.parallelize(rows)."

@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ class StageTask:
     files: dict[str, bytes] = field(repr=False)
     store: str | None = None
     backend: str = "mpi"
+    keras_environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_stage(
@@ -128,6 +129,7 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
         files=task.files,
         store=task.store,
         backend=task.backend,
+        keras_environment=task.keras_environment,
     )
     run_agent(agent, iter(blocks))
     return iter(())
@@ -249,8 +251,8 @@ def missing_module(error: Exception) -> str | None:
         return None
     return (
         f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
-        "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and TensorFlow are "
-        "installed. Modules of your own travel with --py-files, or SparkContext.addPyFile."
+        "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and Keras are "
+        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile."
     )
 
 

@@ -1,4 +1,5 @@
-"""The warm process: `python -m allreduce_spark.training`, started by an agent. It imports TensorFlow, then forks ranks.
+"""The warm process: `python -m allreduce_spark.training`, started by an agent. It imports Keras, and what Keras computes with,
+then forks ranks.
 
 A rank reports every failure to its agent, that of the import included, then ends.
 """
@@ -82,12 +83,15 @@ def _cause(error: BaseException) -> str:
 
 def _way_to_module(error: ImportError) -> str:
     python = f"{sys.executable} on {socket.gethostname()}"
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in ("tensorflow", "keras"):
+    keras_backend = os.environ.get("KERAS_BACKEND", "tensorflow")  # as on the driver: the agent sees to it
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in (keras_backend, "keras"):
         return (
             f"The ranks run {python}: install it there. Modules of your own travel with spark-submit --py-files, or with "
             "SparkContext.addPyFile."
         )
-    return f"The executors need TensorFlow and Keras 3: install 'allreduce-spark[tensorflow]' or [tensorflow-cpu] for {python}."
+    smaller = " or [tensorflow-cpu]" if keras_backend == "tensorflow" else ""
+    extras = f"'allreduce-spark[{keras_backend}]'{smaller}"
+    return f"The executors need Keras 3 and {keras_backend}, as on the driver: install {extras} for {python}."
 
 
 def _is_consequence(error: BaseException) -> bool:

@@ -10,16 +10,14 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.shard import Shard
 from allreduce_spark.errors import DataError
+from allreduce_spark.training.backends import ours
 from allreduce_spark.world import Membership
 
 __all__ = ["BatchPlan", "ShardBatches", "data_sets", "validation_rows_of"]
-
-READ_AHEAD = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def data_sets(
 
 
 class ShardBatches:
-    """The batches of one rank: a sequence of (x[, y[, sample_weight]]), and the `tf.data.Dataset` that Keras reads.
+    """The batches of one rank: a sequence of (x[, y[, sample_weight]]), and what Keras reads of them.
 
     A batch holds those of the rank's shards, one after the other. A step to which they bring no row still yields a batch of one
     row (a shard's first, or zeros), because layers are not made for empty batches. What is computed from it does not count:
@@ -149,30 +147,12 @@ class ShardBatches:
             return _as_keras_batch(self.spec.zeros(1) if holder is None else holder.take([0]))
         return _as_keras_batch(parts[0] if len(parts) == 1 else keras.tree.map_structure(_joined, *parts))
 
-    def dataset(self) -> tf.data.Dataset:
-        """The batches in a form that Keras reads ahead, in a thread of its own.
+    def dataset(self) -> Any:
+        """The batches in a form that Keras reads, anew in each epoch.
 
         In an epoch that is resumed it begins at `first_step`. It is as long as ever: who reads must stop after the last step.
-
-        Not a `keras.utils.PyDataset`: Keras reads that through a Python generator, whose end stalls a process that is busy on
-        all its cores for a second now and then, and with it all other ranks (seen between training and validation).
         """
-        example = self[0]
-        arrays = keras.tree.flatten(example)
-        types = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in arrays]
-
-        @tf.autograph.experimental.do_not_convert  # it would leave a file of generated code behind
-        def read(step: tf.Tensor) -> Any:
-            tensors = tf.numpy_function(lambda number: keras.tree.flatten(self._read(int(number))), [step], types)
-            for tensor, array in zip(tensors, arrays, strict=True):
-                tensor.set_shape((None, *array.shape[1:]))
-            return keras.tree.pack_sequence_as(example, tensors)
-
-        options = tf.data.Options()
-        options.autotune.enabled = False
-        # The all-reduce blocks one of TensorFlow's own threads; reading must not have to wait for it.
-        options.threading.private_threadpool_size = 1
-        return tf.data.Dataset.range(len(self)).map(read).prefetch(READ_AHEAD).with_options(options)
+        return ours.dataset(self._read, len(self))
 
     def _read(self, number: int) -> tuple[Any, ...]:
         # Read ahead of the end of a resumed epoch: nobody looks at it.

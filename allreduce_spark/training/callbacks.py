@@ -21,6 +21,7 @@ import numpy as np
 from allreduce_spark.communicator.base import Communicator, ReduceOp
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.batches import BatchPlan, ShardBatches
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.metrics import MetricState
@@ -155,6 +156,7 @@ class First(keras.callbacks.Callback):
 
     def _end_step(self, plan: BatchPlan, step: int) -> float:
         """Close a step; return this rank's share of its rows."""
+        ours.wait_for_step()
         share = self._rows.share
         self._rows.mine = self._rows.total = 0
         if share == 0:
@@ -235,7 +237,7 @@ class Last(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._after_batches:
             self._agree_to_stop()
-        if self.model.stop_training:
+        if self._model.stop_training:  # not `self.model`, which would `settle` after every step
             self._first.end_epoch_early(batch)
         elif self._saver and batch != self._plan.steps - 1:
             self._saver.after_step(Position(self._epoch, batch + 1))

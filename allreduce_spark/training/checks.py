@@ -11,12 +11,21 @@ import numpy as np
 
 from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
+from allreduce_spark.training.backends import KERAS_BACKEND
 from allreduce_spark.training.metrics import metric_variables
 from allreduce_spark.training.models.heads import Head, heads_of
 from allreduce_spark.training.models.layout import outputs_of
 from allreduce_spark.training.models.model_bytes import compile_arguments
 
-__all__ = ["check_callbacks", "check_classes", "check_inputs", "check_labels", "check_model", "warn_if_diverged"]
+__all__ = [
+    "check_backends",
+    "check_callbacks",
+    "check_classes",
+    "check_inputs",
+    "check_labels",
+    "check_model",
+    "warn_if_diverged",
+]
 
 
 def check_model(model: object) -> keras.Model:
@@ -27,10 +36,6 @@ def check_model(model: object) -> keras.Model:
     """
     if not isinstance(model, keras.Model):
         raise ConfigError(f"SparkModel needs a keras.Model, got {type(model).__module__}.{type(model).__qualname__}.")
-    if keras.backend.backend() != "tensorflow":
-        raise ConfigError(
-            f"Keras runs on the backend {keras.backend.backend()!r}; this version trains with KERAS_BACKEND=tensorflow only."
-        )
     if not model.compiled or model.optimizer is None:
         raise ConfigError("the model is not compiled. Call model.compile(optimizer, loss, metrics=[...]) first.")
     _drop_words_among_loss_weights(model)
@@ -48,6 +53,20 @@ def check_model(model: object) -> keras.Model:
     metric_variables(model)
     _refuse_half_built(model)
     return model
+
+
+def check_backends(backend: str) -> str:
+    """Return what the ranks are to reduce by, or say why they cannot.
+
+    Raises:
+        ConfigError: It is Horovod, and Keras does not run on TensorFlow.
+    """
+    if backend.startswith("horovod") and KERAS_BACKEND != "tensorflow":
+        raise ConfigError(
+            f"backend={backend!r} reduces what TensorFlow computes, but Keras runs on {KERAS_BACKEND} here. Leave it "
+            "out (or use backend='mpi'), or set KERAS_BACKEND=tensorflow before Keras is imported."
+        )
+    return backend
 
 
 def check_callbacks(callbacks: object) -> list[keras.callbacks.Callback]:
@@ -145,6 +164,8 @@ def check_inputs(model: keras.Model, spec: RowSpec) -> None:
         DataError: The inputs of the model take something else; both are named.
     """
     problem = _misfit(model, spec.x) if getattr(model, "inputs", None) else None
+    if problem is None and KERAS_BACKEND != "tensorflow" and any(leaf.dtype == STRING for leaf in _leaves(spec.x)):
+        problem = f"x is {spec.x}, but Keras on {KERAS_BACKEND} computes with numbers only: encode the strings first."
     if problem is not None:
         raise DataError(problem)
 
@@ -181,6 +202,10 @@ def _misfit(model: keras.Model, x: LeafSpec | NestSpec) -> str | None:
                 f"{tensor.dtype}: reshape or convert the rows, or make the model with keras.Input({leaf.shape})."
             )
     return None
+
+
+def _leaves(x: LeafSpec | NestSpec) -> list[LeafSpec]:
+    return [x] if isinstance(x, LeafSpec) else [leaf for part in x.parts for leaf in _leaves(part)]
 
 
 def _may_take(tensor: Any, leaf: LeafSpec) -> bool:

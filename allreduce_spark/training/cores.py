@@ -1,36 +1,36 @@
-"""TensorFlow on a part of a machine: the cores, and the GPUs, that one process may use."""
+"""Keras's backend on a part of a machine: the cores, and the GPUs, that one process may use."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Mapping
 
-import tensorflow as tf
+import keras
 
 __all__ = ["use_cores", "warn_if_gpus_are_taken"]
 
 
 def use_cores(threads: int) -> None:
-    """Let TensorFlow keep `threads` cores of this process busy, and take memory of GPUs only as it needs it.
+    """Let the backend keep `threads` cores of this process busy, and take memory of GPUs only as it needs it.
 
-    By default it would take nearly all memory of every GPU that it sees, at its first operation. This starts CUDA, which from
-    then on knows the GPUs that the environment names now; so it must not happen before a rank is forked.
+    By default TensorFlow and JAX would take nearly all memory of every GPU that they see, at their first operation. This starts
+    CUDA, which from then on knows the GPUs that the environment names now; so it must not happen before a rank is forked.
 
-    Raises:
-        RuntimeError: TensorFlow computes already, and has its threads and GPUs.
+    Without effect where it computes already: in a Python worker that Spark uses again it has its threads and GPUs.
     """
-    tf.config.threading.set_intra_op_parallelism_threads(threads)
-    # One to compute and one for reading ahead; in a rank the all-reduce occupies the first while it waits.
-    tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
-    for gpu in tf.config.list_physical_devices("GPU"):
-        tf.config.experimental.set_memory_growth(gpu, True)
+    {"tensorflow": _use_with_tensorflow, "jax": _use_with_jax, "torch": _use_with_torch}[keras.backend.backend()](
+        threads
+    )
 
 
 def warn_if_gpus_are_taken(environ: Mapping[str, str] = os.environ) -> None:
-    """Warn where this process takes nearly all memory of its GPUs for itself. To be called where ranks use the same ones."""
-    if environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() == "true":
+    """Warn where TensorFlow takes nearly all memory of this process's GPUs. To be called where ranks use the same ones."""
+    if keras.backend.backend() != "tensorflow" or environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() == "true":
         return
+    import tensorflow as tf
+
     gpus = tf.config.list_physical_devices("GPU")
     if not all(tf.config.experimental.get_memory_growth(gpu) for gpu in gpus):
         warnings.warn(
@@ -38,3 +38,31 @@ def warn_if_gpus_are_taken(environ: Mapping[str, str] = os.environ) -> None:
             "little: set TF_FORCE_GPU_ALLOW_GROWTH=true in the environment before TensorFlow is imported.",
             stacklevel=4,
         )
+
+
+def _use_with_tensorflow(threads: int) -> None:
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # it cannot be changed any more
+        tf.config.threading.set_intra_op_parallelism_threads(threads)
+        # One to compute and one for reading ahead; in a rank the all-reduce occupies the first while it waits.
+        tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+
+
+def _use_with_jax(threads: int) -> None:
+    import jax
+
+    # JAX looks at these when it computes for the first time.
+    os.environ["NPROC"] = str(threads)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Steps that were started and still run when the next one comes can block each other where they call numpy code
+    # (jax-ml/jax#25861).
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def _use_with_torch(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)

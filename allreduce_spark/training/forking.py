@@ -1,4 +1,4 @@
-"""Ranks forked from a process that has imported TensorFlow: a rank then starts in tenths of a second, not in seconds.
+"""Ranks forked from a process that has imported Keras and what Keras computes with: a rank starts in tenths of a second then.
 
 The agent asks for a rank with a `Request`; `fork_ranks` answers it. Forking a process that has threads is safe only if none
 of them can hold a lock which the child needs. Seen with TensorFlow 2.21, Keras 3.15, numpy 2.4, scipy 1.17 and pyarrow 26:
@@ -8,6 +8,7 @@ of them can hold a lock which the child needs. Seen with TensorFlow 2.21, Keras 
   threads before the fork and starts them again where they are needed, jemalloc holds its locks across it.
 * TensorFlow itself starts no thread before its first operation, when it also initialises the GPUs (not seen on one yet). So
   nothing but imports may happen before the fork; the number of threads and the GPUs are set up in the rank.
+* The same holds of JAX 0.10 and PyTorch 2.13. JAX warns of a fork only where it has computed before.
 * mpi4py must not be imported before: loading libmpi starts a thread (`async`), and no fork takes that along.
 
 400 ranks forked on 2 cores, 200 of them with two threads each, that loaded a model, fitted a step and used OpenBLAS and

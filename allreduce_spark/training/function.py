@@ -17,8 +17,9 @@ from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.cores import use_cores
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within, within_graphs
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within
 from allreduce_spark.world import World
 
 __all__ = ["FunctionJob", "run_function"]
@@ -72,7 +73,7 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     communicator = _CountingCommunicator(opened, status)
     communicator.timeout_s = job.timeouts.collective_s
 
-    with within_graphs():
+    with ours.within_steps():
         value = function(communicator, *arguments, **named)
     result = _pickled(value, function, world.rank)
     with limited_by("function_s"):

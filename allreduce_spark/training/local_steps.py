@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.backends import settle
 from allreduce_spark.training.batches import BatchPlan
 from allreduce_spark.training.buffer import FlatBuffer
 from allreduce_spark.training.metrics import value_of
@@ -37,7 +38,7 @@ class LocalSteps:
     """
 
     def __init__(self, model: keras.Model, communicator: Communicator, plan: BatchPlan, sync_every: int | str) -> None:
-        self._communicator, self._plan = communicator, plan
+        self._model, self._communicator, self._plan = model, communicator, plan
         self._every = plan.steps if sync_every == "epoch" else int(sync_every)
         state = model.optimizer.variables
         learnt = [*model.trainable_variables, *moving_variables(model), *(v for v in state if _is_slot(v))]
@@ -54,6 +55,7 @@ class LocalSteps:
         """Call it before each step. One without rows of this rank is computed from padding, and is to change nothing."""
         self._steps.append(step)
         if self._kept is None and self._plan.rows_of_rank(self._communicator.rank, step) == 0:
+            settle(self._model)
             self._kept = [value_of(variable) for variable in self._variables]
 
     def end_step(self) -> None:
@@ -63,6 +65,7 @@ class LocalSteps:
 
     def combine(self) -> None:
         """Give all ranks the mean of what they have learnt since the last time; all must call."""
+        settle(self._model)
         mine, total = self._rows_since()
         self._steps = []
         if self._kept is not None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.optimizer import StepRows, distribute
-from allreduce_spark.training.order import ProgramOrder
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 __all__ = ["DistributedOptimizer", "broadcast", "shard_dataset"]
 
-_order = ProgramOrder()  # of all optimizers of this rank: a step may apply several
+_order = ours.ProgramOrder()  # of all optimizers of this rank: a step may apply several
 
 
 def DistributedOptimizer(
@@ -24,8 +26,9 @@ def DistributedOptimizer(
 ) -> keras.optimizers.Optimizer:
     """Let an optimizer apply the mean of all ranks' gradients, in `model.fit` and in loops that call `optimizer.apply`.
 
-    Every rank's gradient counts alike; where ranks have batches of different sizes, scale the loss. Compile models with
-    `jit_compile=False`: XLA, which Keras uses on GPUs unless it is told, knows no way out of its graph to the other ranks.
+    Every rank's gradient counts alike; where ranks have batches of different sizes, scale the loss. With TensorFlow and
+    PyTorch compile models with `jit_compile=False`: their compiled code knows no way out to the other ranks. JAX's does.
+    (Keras uses XLA on GPUs unless it is told.)
 
     With "mixed_float16" give it a `keras.optimizers.LossScaleOptimizer`, so that ranks reduce before one looks for an
     overflow, and skip the same steps. `Model.compile` would put one around the optimizer, where each rank decides by itself.
@@ -91,5 +94,7 @@ def shard_dataset(dataset: tf.data.Dataset, communicator: Communicator) -> tf.da
 
 def _zipped(parts: tuple[Any, ...]) -> tf.data.Dataset:
     """One data set of elements, from the data sets of their components that `window` gives."""
+    import tensorflow as tf  # whoever has such a data set has imported it
+
     structure = parts if len(parts) > 1 else parts[0]
     return structure if isinstance(structure, tf.data.Dataset) else tf.data.Dataset.zip(structure)

@@ -17,16 +17,16 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras.src.backend import get_keras_mask
 
 from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.backends import Order, ours
 from allreduce_spark.training.optimizer import StepRows
-from allreduce_spark.training.order import ProgramOrder
 
 __all__ = ["GlobalLoss", "globalize_losses"]
 
 
-def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows, order: ProgramOrder) -> None:
+def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepRows, order: Order) -> None:
     """Put a `GlobalLoss` around each loss that the model was compiled with."""
     compiled = model._compile_loss
     if compiled is None or communicator.world_size == 1:
@@ -58,15 +58,13 @@ class GlobalLoss(keras.losses.Loss):
     Everywhere else it is the wrapped loss itself: nothing is computed, and no message sent.
     """
 
-    def __init__(
-        self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: ProgramOrder
-    ) -> None:
+    def __init__(self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: Order) -> None:
         super().__init__(name=loss.name, reduction=loss.reduction, dtype=loss.dtype)
         self._loss, self._communicator, self._rows, self._order = loss, communicator, rows, order
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         losses = self._loss.call(*keras.tree.map_structure(self._convert, (y_true, y_pred)))
-        masks = [m for m in (_mask_of(y_pred), _mask_of(losses)) if m is not None]
+        masks = [m for m in (get_keras_mask(y_pred), get_keras_mask(losses)) if m is not None]
         weighted = self.reduction == "mean_with_sample_weight" and sample_weight is not None
         if not masks and not weighted and self.reduction != "sum":
             return self._loss(y_true, y_pred, sample_weight)
@@ -98,27 +96,23 @@ class GlobalLoss(keras.losses.Loss):
         """R / (rows_r * sum(D)), or R / rows_r where there is no denominator; computed when the step runs."""
         if isinstance(denominator, keras.KerasTensor):
             return 1.0  # Keras works out shapes; no step runs
-        argument = (
-            tf.zeros([0], tf.float64) if denominator is None else tf.reshape(tf.cast(denominator, tf.float64), [1])
+        wide, ops = ours.widest_float(), keras.ops
+        argument = ops.zeros((0,), wide) if denominator is None else ops.reshape(ops.cast(denominator, wide), (1,))
+        (factor,) = self._order.call(
+            lambda array: [self._sum_denominators(array)], [ops.stop_gradient(argument)], [((), wide)]
         )
-        (factor,) = self._order.call(self._sum_denominators, [tf.stop_gradient(argument)], [tf.float64])
-        factor.set_shape([])
-        return tf.cast(factor, dtype)
+        return ops.cast(factor, dtype)
 
     def _sum_denominators(self, denominator: np.ndarray) -> np.float64:
         mine, total = self._rows.mine, self._rows.total
         if total == 0:  # A callback of the user's evaluates, on this rank alone.
             own = denominator[0] if denominator.size else 1.0
             return np.float64(1.0 / own if own else 0.0)
-        of_all = np.array(denominator if mine else np.zeros_like(denominator))
+        of_all = np.array(denominator if mine else np.zeros_like(denominator), np.float64)
         if of_all.size:
             self._communicator.allreduce(of_all)
         divisor = mine * (of_all[0] if of_all.size else 1.0)
         return np.float64(total / divisor if divisor else 0.0)
-
-
-def _mask_of(tensor: Any) -> Any:
-    return getattr(tensor, "_keras_mask", None)
 
 
 def _align(weights: Any, values: Any) -> Any:

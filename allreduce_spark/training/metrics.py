@@ -14,6 +14,7 @@ import numpy as np
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.backends import settle
 
 __all__ = ["MetricState", "combine_states", "metric_variables", "value_of"]
 
@@ -75,10 +76,12 @@ class MetricState:
 
     def keep(self) -> None:
         """Remember the state of now, for `restore`."""
+        settle(self._model)
         self._kept = [(variable, value_of(variable)) for variable in metric_variables(self._model)]
 
     def restore(self) -> None:
         """Take back all that has happened to the metrics since `keep`."""
+        settle(self._model)
         kept = {id(variable) for variable, _ in self._kept}
         for variable, value in self._kept:
             variable.assign(value)
@@ -88,6 +91,7 @@ class MetricState:
 
     def combine(self) -> None:
         """Replace this rank's state by that of all ranks; all must call."""
+        settle(self._model)
         for variable in metric_variables(self._model):
             value = value_of(variable)
             initial = self._initial.get(id(variable), np.zeros_like(value))
@@ -106,7 +110,7 @@ class MetricState:
 
 
 def value_of(variable: keras.Variable) -> np.ndarray:
-    """A copy of a variable's value; what TensorFlow itself hands out may be its own memory."""
+    """A copy of a variable's value; what the backend itself hands out may be its own memory."""
     return np.array(variable.numpy())
 
 

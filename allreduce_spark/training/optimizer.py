@@ -11,9 +11,9 @@ The mean over the union of the batches is the mean of the ranks' means, each wei
 
 All ranks know R before the step (`batches.BatchPlan`), so each scales its part while it copies it, and the sum is the result:
 dividing afterwards would be one more pass over all gradients. They travel as one flat buffer, because one large all-reduce
-costs less than many small ones (Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion"). A backend with operations for
-the graph (`Communicator.graph`) gets the dense gradients as one flat tensor, on the device where they are; all else, and all
-of it with other backends, leaves the graph as numpy arrays.
+costs less than many small ones (Sergeev and Del Balso 2018, arXiv:1802.05799, "Tensor Fusion"). A communicator with operations
+for TensorFlow's graph (`Communicator.graph`) gets the dense gradients as one flat tensor, on the device where they are; all
+else, and all of it with others, leaves the step as numpy arrays.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from allreduce_spark.communicator.base import Communicator, GraphCollectives
+from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.training.backends import Order, ours
 from allreduce_spark.training.buffer import FlatBuffer
-from allreduce_spark.training.order import ProgramOrder
 
-__all__ = ["GradientReducer", "StepRows", "distribute", "moving_variables"]
+__all__ = ["GradientReducer", "StepRows", "distribute", "distribute_steps", "moving_variables"]
 
 
 @dataclass
@@ -57,7 +56,7 @@ def distribute(
     communicator: Communicator,
     rows: StepRows,
     moving: Sequence[keras.Variable] = (),
-    order: ProgramOrder | None = None,
+    order: Order | None = None,
 ) -> GradientReducer | None:
     """Make `optimizer.apply` reduce the gradients over the ranks before it applies them. Changes the optimizer in place.
 
@@ -88,6 +87,39 @@ def distribute(
     return reduce
 
 
+def distribute_steps(
+    model: keras.Model, communicator: Communicator, rows: StepRows, order: Order
+) -> GradientReducer | None:
+    """Make the training steps of a model reduce, over the ranks, its gradients and what else they move.
+
+    Args:
+        model: Compiled and built.
+        communicator, rows, order: As for `distribute`.
+
+    Returns:
+        What reduces the moving variables; None where there is one rank.
+    """
+    moving = moving_variables(model)
+    if not ours.IS_STATELESS or not moving:
+        return distribute(model.optimizer, communicator, rows, moving, order)
+    if distribute(model.optimizer, communicator, rows, order=order) is None:
+        return None
+    reduce, step = GradientReducer(communicator, rows, moving, order), model.train_step
+    known = {id(variable): place for place, variable in enumerate(model.non_trainable_variables)}
+    places = [known[id(variable)] for variable in moving]
+
+    def train_step(state: Any, data: Any) -> Any:
+        logs, (trainable, others, *rest) = step(state, data)
+        others = list(others)
+        _, moved = reduce.reduce([], [others[place] for place in places])
+        for place, value in zip(places, moved, strict=True):
+            others[place] = value
+        return logs, (trainable, others, *rest)
+
+    model.train_step = train_step
+    return reduce
+
+
 def moving_variables(model: keras.Model) -> list[keras.Variable]:
     """The floating-point variables that a training step may move without a gradient, such as BatchNorm's statistics.
 
@@ -107,9 +139,9 @@ def moving_variables(model: keras.Model) -> list[keras.Variable]:
 class GradientReducer:
     """Called with the local gradients inside a traced (or eager) training step; returns those of the global batch.
 
-    Dense gradients and moving variables share one flat buffer, unless the backend reduces gradients in the graph. A sparse
-    gradient (`tf.IndexedSlices`, of an Embedding) stays sparse: the ranks' slices are gathered, one after the other, exactly
-    as one process would have got them.
+    Dense gradients and moving variables share one flat buffer, unless gradients are reduced in the graph, or a stateless step
+    brings the moving variables later. A sparse gradient (`tf.IndexedSlices`, of an Embedding) stays sparse: the ranks' slices
+    are gathered, one after the other, exactly as one process would have got them.
 
     Args:
         communicator, rows, moving, order: As for `distribute`. The moving variables must still have the values, equal on
@@ -121,10 +153,10 @@ class GradientReducer:
         communicator: Communicator,
         rows: StepRows,
         moving: Sequence[keras.Variable] = (),
-        order: ProgramOrder | None = None,
+        order: Order | None = None,
     ) -> None:
         self._communicator, self._rows, self._moving = communicator, rows, list(moving)
-        self._order = order or ProgramOrder()
+        self._order = order or ours.ProgramOrder()
         # In float32 at least: the small steps of a half-precision variable would be lost in its own type.
         values = [variable.numpy() for variable in moving]
         self._moving_before = [np.array(value, np.promote_types(value.dtype, np.float32)) for value in values]
@@ -143,76 +175,60 @@ class GradientReducer:
         Returns:
             Gradients of the mean loss over all ranks' rows, in the same order; the same bits on every rank.
         """
-        sparse = [g for g in gradients if isinstance(g, tf.IndexedSlices)]
-        dense = [g for g in gradients if g is not None and not isinstance(g, tf.IndexedSlices)]
-        moving = [tf.convert_to_tensor(variable) for variable in self._moving]
-        graph = self._communicator.graph
-        by_graph = [] if graph is None else self._reduce_in_graph(graph, dense)
-        by_numpy = dense if graph is None else []
-        inputs = [*by_numpy, *moving, *(g.values for g in sparse), *(g.indices for g in sparse)]
+        reduced, moved = self.reduce(gradients, [keras.ops.convert_to_tensor(variable) for variable in self._moving])
+        for variable, value in zip(self._moving, moved, strict=True):
+            variable.assign(value)
+        return reduced
+
+    def reduce(self, gradients: list[Any], moving: list[Any]) -> tuple[list[Any], list[Any]]:
+        """The same with the moving variables as tensors, whose new values it returns beside the gradients."""
+        sparse = [g for g in gradients if isinstance(g, ours.SPARSE)]
+        dense = [g for g in gradients if g is not None and not isinstance(g, ours.SPARSE)]
+        by_graph: list[Any] = []
+        by_numpy = dense
+        if self._communicator.graph is not None:
+            from allreduce_spark.training.backends.tensorflow import reduce_in_graph
+
+            by_graph, by_numpy = reduce_in_graph(self._communicator.graph, dense, lambda: self._rows.share), []
+        values, indices = [g.values for g in sparse], [g.indices for g in sparse]
+        inputs = [*by_numpy, *moving, *values, *indices]
+        results = [(tensor.shape, tensor.dtype) for tensor in [*by_numpy, *moving]]
+        results += [((None, *tensor.shape[1:]), tensor.dtype) for tensor in [*values, *indices]]
         counts = (len(by_numpy), len(moving), len(sparse))
 
         buffers = _Buffers()  # of this call: a step may apply other gradients elsewhere
         outputs = (
-            self._order.call(
-                lambda *arrays: self._reduce(arrays, counts, buffers), inputs, [tensor.dtype for tensor in inputs]
-            )
-            if inputs
-            else []
+            self._order.call(lambda *arrays: self._reduce(arrays, counts, buffers), inputs, results) if inputs else []
         )
         reduced, moved, values, indices = _split(outputs, counts)
-        reduced = [*by_graph, *reduced]
-        for tensor, local in zip([*reduced, *moved], [*dense, *moving], strict=True):
-            tensor.set_shape(local.shape)
-        for variable, value in zip(self._moving, moved, strict=True):
-            variable.assign(value)
-        for value, index, local in zip(values, indices, sparse, strict=True):
-            value.set_shape([None, *local.values.shape[1:]])
-            index.set_shape([None])
+        whole = iter([*by_graph, *reduced])
         slices = (
-            tf.IndexedSlices(value, index, local.dense_shape)
+            type(local)(value, index, local.dense_shape)
             for value, index, local in zip(values, indices, sparse, strict=True)
         )
-        whole = iter(reduced)
-        return [g if g is None else next(slices) if isinstance(g, tf.IndexedSlices) else next(whole) for g in gradients]
-
-    def _reduce_in_graph(self, graph: GraphCollectives, dense: list[Any]) -> list[Any]:
-        """Dense gradients as one flat tensor of float32, or float64 where any of them is: the arithmetic of `FlatBuffer`.
-
-        Fused here and not by the backend, whose order of fusion, and so of summation, may differ from one run to the next.
-        """
-        if not dense:
-            return []
-        share = tf.numpy_function(lambda: np.float64(self._rows.share), [], tf.float64)
-        share.set_shape([])
-        dtype = tf.float64 if any(g.dtype == tf.float64 for g in dense) else tf.float32
-        flat = tf.concat([tf.reshape(tf.cast(g, dtype), [-1]) for g in dense], 0)
-        # Multiplying by 0 would not do: a batch that does not count may give nan, and 0 * nan is still nan.
-        weighted = tf.where(share > 0, flat * tf.cast(share, dtype), tf.zeros_like(flat))
-        (total,) = graph.allreduce_sum([weighted])
-        parts = tf.split(total, [tf.size(g) for g in dense])
-        return [tf.cast(tf.reshape(part, tf.shape(g)), g.dtype) for part, g in zip(parts, dense, strict=True)]
+        return [g if g is None else next(slices if isinstance(g, ours.SPARSE) else whole) for g in gradients], moved
 
     def _reduce(
         self, arrays: Sequence[np.ndarray], counts: tuple[int, int, int], buffers: _Buffers
     ) -> list[np.ndarray]:
-        """The numpy side of a step. The arrays are TensorFlow's memory: only to be read."""
+        """The numpy side of a step. The arrays are the backend's memory: only to be read."""
         dense, moving, values, indices = _split(arrays, counts)
         share = self._rows.share
         # Averaging what each rank *added* leaves a variable that nobody moves as it is, to the bit.
-        added = [now - before for now, before in zip(moving, self._moving_before, strict=True)]
+        all_before = self._moving_before if moving else []
+        added = [now - before for now, before in zip(moving, all_before, strict=True)]
         buffer = buffers.next([*dense, *added])
 
         buffer.fill([*dense, *added], share)
         self._communicator.allreduce(buffer.flat)
 
         reduced, added_by_all = buffer.views[: len(dense)], buffer.views[len(dense) :]
-        for before, step in zip(self._moving_before, added_by_all, strict=True):
+        for before, step in zip(all_before, added_by_all, strict=True):
             before += step
         gathered = [self._gather(v, i, share) for v, i in zip(values, indices, strict=True)]
         return [
             *(view.astype(local.dtype, copy=False) for view, local in zip(reduced, dense, strict=True)),
-            *(before.astype(now.dtype) for before, now in zip(self._moving_before, moving, strict=True)),
+            *(before.astype(now.dtype) for before, now in zip(all_before, moving, strict=True)),
             *(value for value, _ in gathered),
             *(index for _, index in gathered),
         ]
@@ -227,7 +243,7 @@ class GradientReducer:
 
 
 class _Buffers:
-    """Two flat buffers by turns: TensorFlow may still hold views of the last step's while this one's is being filled."""
+    """Two flat buffers by turns: the backend may still hold views of the last step's while this one's is being filled."""
 
     def __init__(self) -> None:
         self._turns: itertools.cycle[FlatBuffer] | None = None

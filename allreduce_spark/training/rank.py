@@ -24,6 +24,7 @@ from allreduce_spark.errors import CollectiveError, RendezvousTimeoutError
 from allreduce_spark.rendezvous.client import Channel
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.cores import use_cores
@@ -34,13 +35,12 @@ from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.models.model_bytes import load_model
-from allreduce_spark.training.optimizer import StepRows, distribute, moving_variables
-from allreduce_spark.training.order import ProgramOrder
+from allreduce_spark.training.optimizer import StepRows, distribute_steps
 from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
 from allreduce_spark.training.saver import Saver
 from allreduce_spark.training.state import Position, RankState, SavedState, build_metrics, make_randomness_differ
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within, within_graphs
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within
 from allreduce_spark.world import Membership, World
 
 __all__ = ["Checkpointing", "run_rank", "train"]
@@ -149,7 +149,6 @@ def _announce(channel: Channel, job: Job, kind: str, fields: dict[str, Any]) -> 
             )
 
 
-@within_graphs()
 def train(
     model: keras.Model,
     communicator: Communicator,
@@ -185,12 +184,13 @@ def train(
     if checkpointing and checkpointing.resume:
         saved = read_saved_state(checkpointing.resume, communicator, checkpointing.folder)
     begin = saved.position if saved else Position(config.initial_epoch)
-    model.jit_compile = False  # XLA knows no way out of the graph to the communicator
+    if not ours.COMPILES_CALLS:
+        model.jit_compile = False  # compiled code would know no way out to the communicator
     model.steps_per_execution = 1  # the same steps, one at a time: rows are counted between them
     rows, reduce, local = StepRows(), None, None
     if config.sync_every == 1:
-        order = ProgramOrder()
-        reduce = distribute(model.optimizer, communicator, rows, moving_variables(model), order)
+        order = ours.ProgramOrder()
+        reduce = distribute_steps(model, communicator, rows, order)
         globalize_losses(model, communicator, rows, order)
     elif communicator.world_size > 1:
         local = LocalSteps(model, communicator, data.plan, config.sync_every)
@@ -220,25 +220,26 @@ def train(
     last = Last(communicator, first, callbacks, data.plan, saver, status)
     if saved and begin.step:
         build_metrics(model, data)
-    model.fit(
-        data.dataset(),
-        # A fit that had come to its end gets no further epoch, but what Keras and the callbacks do at the end.
-        epochs=begin.epoch if saved and saved.has_stopped else max(config.epochs, begin.epoch),
-        initial_epoch=begin.epoch,
-        validation_data=None if validation is None else validation.dataset(),
-        validation_freq=config.validation_freq,
-        class_weight=config.class_weight,
-        callbacks=Loop(
-            [first, *users.values(), history, last],
-            data.plan,
-            begin,
-            partial(_restore, state, saved) if saved else None,
-            model=model,
-            epochs=config.epochs,
-        ),
-        shuffle=False,  # ShardBatches does it, in an order that can be repeated
-        verbose=0,
-    )
+    with ours.within_steps():
+        model.fit(
+            data.dataset(),
+            # A fit that had come to its end gets no further epoch, but what Keras and the callbacks do at the end.
+            epochs=begin.epoch if saved and saved.has_stopped else max(config.epochs, begin.epoch),
+            initial_epoch=begin.epoch,
+            validation_data=None if validation is None else validation.dataset(),
+            validation_freq=config.validation_freq,
+            class_weight=config.class_weight,
+            callbacks=Loop(
+                [first, *users.values(), history, last],
+                data.plan,
+                begin,
+                partial(_restore, state, saved) if saved else None,
+                model=model,
+                epochs=config.epochs,
+            ),
+            shuffle=False,  # ShardBatches does it, in an order that can be repeated
+            verbose=0,
+        )
     if saver:
         saver.close()
     if last.regroups:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.checkpoint.files import fetch_file
 from allreduce_spark.checkpoint.shares import Share, read_share
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import CheckpointError
+from allreduce_spark.training.models.model_bytes import numpy_dtype
 from allreduce_spark.training.state import METRICS, Position, SavedState
 
 __all__ = ["Resume", "read_saved_state"]
@@ -98,7 +98,7 @@ def _send(share: Share | None, names: list[str], communicator: Communicator, roo
     about = [[name, tensor.dtype.name, tensor.shape] for name, tensor in tensors.items()]
     received = {}
     for name, dtype, shape in _send_json(about if is_root else None, communicator, root):
-        tensor = np.array(tensors[name]) if is_root else np.empty(shape, tf.as_dtype(dtype).as_numpy_dtype)
+        tensor = np.array(tensors[name]) if is_root else np.empty(shape, numpy_dtype(dtype))
         communicator.broadcast(tensor.reshape(-1).view(np.uint8), root)
         received[name] = tensor
     return received

@@ -4,9 +4,9 @@ What is equal on all ranks (the weights, those that EarlyStopping keeps, the opt
 rank writes a part of it; the names of these tensors begin with "shared/". Those of what is of one rank alone begin with "own/":
 random states, the metrics of an epoch that is not over, the memory of callbacks.
 
-Not part of it, because TensorFlow keeps them where nobody can read them, are the states of its own random operations: those of
-`tf.random.normal` inside a step, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model
-beside its variables.
+Not part of it are the states of random operations that are not Keras's: `tf.random.normal` inside a step, say, or the dropout
+of a PyTorch module, while `keras.random` and Keras's layers are fine. Nor is what callbacks change in the model beside its
+variables.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from allreduce_spark.checkpoint.manifest import checkpoint_id
 from allreduce_spark.checkpoint.shares import deal
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.errors import CheckpointError
+from allreduce_spark.training.backends import ours, settle
 from allreduce_spark.training.batches import ShardBatches
 from allreduce_spark.training.job import seed_variables
 from allreduce_spark.training.memory import CallbackMemory
 from allreduce_spark.training.metrics import combine_states, metric_variables, value_of
+from allreduce_spark.training.models.model_bytes import numpy_dtype
 from allreduce_spark.training.plain import pack, unpack
 
 __all__ = ["METRICS", "Position", "RankState", "SavedState", "build_metrics", "make_randomness_differ"]
@@ -104,7 +105,7 @@ class RankState:
         self._shared |= {f"shared/optimizer/{index}": v for index, v in enumerate(model.optimizer.variables)}
         # Half precision alone: a float32 variable holds all that was agreed.
         self._wide = {f"{_WIDE}{i}": wide for i, (v, wide) in enumerate(agreed) if wide.dtype.name != v.dtype}
-        sizes = {n: math.prod(v.shape) * tf.as_dtype(v.dtype).size for n, v in self._shared.items()}
+        sizes = {n: math.prod(v.shape) * numpy_dtype(v.dtype).itemsize for n, v in self._shared.items()}
         sizes |= {name: wide.nbytes for name, wide in self._wide.items()}
         self._mine = deal(sizes, communicator.world_size)[communicator.rank]
 
@@ -114,14 +115,15 @@ class RankState:
         Returns:
             Tensors by name, and a JSON value.
         """
-        arrays = {n: self._wide[n] if n in self._wide else _view(self._shared[n]) for n in self._mine}
+        settle(self._model)
+        arrays = {n: self._wide[n] if n in self._wide else ours.view(self._shared[n]) for n in self._mine}
         my_weights = [int(name.removeprefix(_WEIGHTS)) for name in self._mine if name.startswith(_WEIGHTS)]
         for index, weights in self._memory.best_weights().items():
             arrays |= {f"{_BEST}{index}/{number}": weights[number] for number in my_weights}
-        arrays |= {f"{_SEEDS}{index}": _view(variable) for index, variable in enumerate(_seeds(self._model))}
+        arrays |= {f"{_SEEDS}{index}": ours.view(variable) for index, variable in enumerate(_seeds(self._model))}
         # Also at the beginning of an epoch, when nobody needs them: what is always of one form is copied faster.
         metrics = metric_variables(self._model)
-        arrays |= {f"{METRICS}{index}": _view(variable) for index, variable in enumerate(metrics)}
+        arrays |= {f"{METRICS}{index}": ours.view(variable) for index, variable in enumerate(metrics)}
         about = {
             "epoch": position.epoch,
             "step": position.step,
@@ -174,12 +176,7 @@ class RankState:
 
 def build_metrics(model: keras.Model, data: ShardBatches) -> None:
     """Make the metrics exist that Keras would make in the first step, so that they can be restored before it."""
-    batch = data[0]
-    if type(model).train_step is keras.Model.train_step:
-        model._symbolic_build(data_batch=batch)
-    else:
-        # A step of the user's own may do anything: trace it, and run nothing.
-        tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
+    ours.build_metrics(model, data[0])
 
 
 def make_randomness_differ(model: keras.Model, seed_states: Sequence[Sequence[int]], rank: int) -> None:
@@ -192,7 +189,9 @@ def make_randomness_differ(model: keras.Model, seed_states: Sequence[Sequence[in
     for variable, state in zip(variables, states, strict=True):
         value = np.array(state, dtype=variable.dtype)
         if rank:
-            value[0] = np.random.SeedSequence([int(value[0]), rank]).generate_state(1)[0]
+            # Its bits count: they are unsigned, but PyTorch has no such type.
+            drawn = np.random.SeedSequence([int(value[0]) % 2**32, rank]).generate_state(1)
+            value[0] = drawn.astype(value.dtype)[0]
         variable.assign(value)
 
 
@@ -208,7 +207,7 @@ def _assign(variables: Mapping[str, keras.Variable], values: Mapping[str, np.nda
                 f"the checkpoint is of another model: {name}, here {variable.path!r} ({variable.dtype} of shape "
                 f"{tuple(variable.shape)}), is {found}."
             )
-        variable.assign(np.array(value))  # TensorFlow may take over what it is given
+        variable.assign(np.array(value))  # the backend may take over what it is given
 
 
 def _best_weights(shared: Mapping[str, np.ndarray]) -> dict[int, list[np.ndarray]]:
@@ -219,15 +218,6 @@ def _best_weights(shared: Mapping[str, np.ndarray]) -> dict[int, list[np.ndarray
             index, number = map(int, name.removeprefix(_BEST).split("/"))
             found.setdefault(index, {})[number] = value
     return {index: [weights[number] for number in sorted(weights)] for index, weights in found.items()}
-
-
-def _view(variable: keras.Variable) -> np.ndarray:
-    """A variable's value without a copy where there can be: to be read before the next step."""
-    tensor = tf.convert_to_tensor(variable.value)
-    try:
-        return np.asarray(memoryview(tensor))
-    except (ValueError, TypeError):  # bfloat16 and the like, of which Python's buffers know nothing
-        return np.asarray(tensor.numpy())
 
 
 def _seeds(model: keras.Model) -> list[keras.Variable]:

@@ -143,13 +143,15 @@ def test_two_tensorflows_in_one_place_are_a_warning(installed, monkeypatch):
     [
         ({}, Status.OK),
         ({"KERAS_BACKEND": "tensorflow"}, Status.OK),
-        ({"KERAS_BACKEND": "jax"}, Status.FAIL),
+        ({"KERAS_BACKEND": "jax"}, Status.OK),
+        ({"KERAS_BACKEND": "torch"}, Status.FAIL),  # it is not installed
+        ({"KERAS_BACKEND": "numpy"}, Status.FAIL),
         ({"TF_USE_LEGACY_KERAS": "1"}, Status.WARN),
         ({"TF_USE_LEGACY_KERAS": "0"}, Status.OK),
     ],
 )
-def test_keras_must_stand_on_tensorflow(installed, tmp_path, environ, status):
-    installed(keras="3.15.0")
+def test_keras_must_stand_on_what_can_train(installed, tmp_path, environ, status):
+    installed(keras="3.15.0", jax="0.10.2")
     assert software.check_keras({"KERAS_HOME": str(tmp_path), **environ}).status is status
 
 

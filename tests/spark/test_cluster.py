@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import keras
 import pytest
+import tensorflow as tf
 from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
@@ -92,8 +93,8 @@ def test_an_estimator_keeps_its_resources_and_does_not_write_them(spark: SparkSe
 
 def test_a_driver_that_leaves_no_memory_to_its_ranks_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     growth = {"GPU:0": True, "GPU:1": True}
-    monkeypatch.setattr(cores.tf.config, "list_physical_devices", lambda kind: list(growth))
-    monkeypatch.setattr(cores.tf.config.experimental, "get_memory_growth", growth.get)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list(growth))
+    monkeypatch.setattr(tf.config.experimental, "get_memory_growth", growth.get)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cores.warn_if_gpus_are_taken({})
@@ -110,15 +111,15 @@ def test_a_task_of_predict_shows_cuda_its_own_gpu_and_leaves_the_worker_as_it_wa
 
     def use_cores(threads: int) -> None:
         seen.append((threads, os.environ.get("CUDA_VISIBLE_DEVICES")))
-        raise RuntimeError("TensorFlow computes already")
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     monkeypatch.setattr(cores, "use_cores", use_cores)
     monkeypatch.setattr(gpus, "machine_gpus", lambda environ: ("0", "1"))
     monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: None)
     for partition, resources in ((5, {}), (5, {"gpu": SimpleNamespace(addresses=["3"])})):
         task = SimpleNamespace(cpus=lambda: 2, partitionId=partial(int, partition), resources=lambda r=resources: r)
         monkeypatch.setattr(inference, "_task", lambda task=task: task)
-        inference._prepare_tensorflow()
+        inference._prepare_keras({"KERAS_BACKEND": "tensorflow"})
     assert seen == [(2, "1"), (2, "3")]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import itertools
+import os
 import shutil
 import traceback
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.local import LocalGroup
@@ -25,6 +25,12 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 from allreduce_spark.training.rank import Checkpointing, train
 from allreduce_spark.world import Membership, worlds_of
+
+if keras.backend.backend() == "jax":
+    import jax
+
+    os.environ["NPROC"] = "12"  # ranks are threads, and each blocks one of JAX's own while it waits for the others
+    jax.config.update("jax_cpu_enable_async_dispatch", False)  # as in `use_cores`
 
 
 @dataclass
@@ -98,6 +104,8 @@ class ThreadsInGraph:
             buffer = array.copy()
             self._communicator.allreduce(buffer)
             return buffer
+
+        import tensorflow as tf
 
         reduced = [tf.numpy_function(reduce, [tensor], tensor.dtype) for tensor in tensors]
         for tensor, local in zip(reduced, tensors, strict=True):
@@ -218,7 +226,7 @@ def fit_reference(tmp_path):
         archive = tmp_path / "model.keras"
         archive.write_bytes(model_to_bytes(model))
         copy = load_model(archive, custom_objects_of(model))
-        copy.jit_compile = False
+        copy.jit_compile = keras.backend.backend() == "jax"
         spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(tmp_path / f"probe{i}", part)))
         shards = [write_shard(tmp_path / f"reference{rank}", part, spec) for rank, part in enumerate(parts)]
         rows = tuple(map(len, shards))

@@ -15,7 +15,8 @@ import tensorflow as tf
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
 from allreduce_spark.rendezvous.status import StatusPage
-from allreduce_spark.training.watched import WatchedCommunicator, limited_by, within_graphs
+from allreduce_spark.training.backends.tensorflow import within_steps
+from allreduce_spark.training.watched import WatchedCommunicator, limited_by
 
 
 def test_a_rank_is_seen_to_wait_and_the_one_that_is_waited_for_is_not(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_rank_that_is_lost_within_a_graph_is_a_collective_error_and_other_erro
         "Horovod has been shut down. This was caused by",
         "[/b/gloo/transport/tcp/pair.cc:598] Connection closed",
     ):
-        with pytest.raises(CollectiveError, match=r"within a step.*Timeouts\.collective_s"), within_graphs():
+        with pytest.raises(CollectiveError, match=r"within a step.*Timeouts\.collective_s"), within_steps():
             step(message)()
-    with pytest.raises(tf.errors.UnknownError, match="of the user's"), within_graphs():
+    with pytest.raises(tf.errors.UnknownError, match="of the user's"), within_steps():
         step("an error of the user's")()

@@ -17,7 +17,7 @@ from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, Stru
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.spark.cluster import active_context
-from allreduce_spark.spark.inference import NewColumn, Transform, add_columns
+from allreduce_spark.spark.inference import KerasTask, NewColumn, Transform, add_columns
 from allreduce_spark.spark.ml.params import ColumnParams, accessors
 from allreduce_spark.spark.ml.persistence import Persistent, plain_history
 from allreduce_spark.spark.shards import check_is_frame, map_batches, scalar_columns, select_columns
@@ -92,7 +92,7 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
             self.getOrDefault(self.predictionBatchSize),
         )
         schema = StructType([*dataset.schema.fields, *(StructField(column.name, kind) for column, kind in columns)])
-        return map_batches(dataset, partial(add_columns, transform, broadcast), schema)
+        return map_batches(dataset, KerasTask(partial(add_columns, transform, broadcast)), schema)
 
     def _built_model(self) -> keras.Model:
         if self.model is None or not self.model.built:

@@ -32,6 +32,7 @@ __all__ = [
     "load_state",
     "model_from_bytes",
     "model_to_bytes",
+    "numpy_dtype",
     "read_about",
     "save_keras",
     "save_state",
@@ -235,7 +236,7 @@ def load_state(model: keras.Model, path: Path) -> None:
         for name, variable in variables.items():
             array = file.get_tensor(name)
             if array.dtype.name != dtypes[name]:
-                array = array.view(_numpy_dtype(dtypes[name]))
+                array = array.view(numpy_dtype(dtypes[name]))
             if tuple(variable.shape) != array.shape:
                 raise ConfigError(
                     f"{variable.path} has shape {tuple(variable.shape)}, but was trained as {array.shape}"
@@ -251,7 +252,8 @@ def _named_variables(model: keras.Model) -> Iterator[tuple[str, keras.Variable]]
         yield f"optimizer/{index:05d}", variable
 
 
-def _numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> np.dtype:
+    """A type by its name, bfloat16 and the like among them."""
     import ml_dtypes
 
     return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype(name)

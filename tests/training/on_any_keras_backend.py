@@ -1,0 +1,209 @@
+"""Exactness with Keras on JAX and on PyTorch; `tests/test_keras_backends.py` runs it for each in a process of its own.
+
+With TensorFlow, `test_exactness.py` and its neighbours say all this, and more.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import pytest
+
+from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.config import Checkpoint, FitConfig
+from allreduce_spark.errors import CollectiveError, ConfigError, DataError
+from allreduce_spark.training.resume import Resume
+
+layers = keras.layers
+
+
+def assert_exact(ranks, reference, relative=1e-5):
+    assert ranks[0].digests
+    assert all(rank.digests == ranks[0].digests for rank in ranks), "the ranks hold different bits"
+    for variable, ours, theirs in zip(reference.model.weights, ranks[0].weights, reference.weights, strict=True):
+        distance = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8)
+        assert distance < relative, f"{variable.path} is {distance:.2g} away from one process's"
+    assert all(rank.history == ranks[0].history for rank in ranks)
+    assert ranks[0].history.keys() == reference.history.keys()
+    for name, values in reference.history.items():
+        np.testing.assert_allclose(ranks[0].history[name], values, rtol=relative, atol=1e-7, err_msg=name)
+
+
+def dense_data(sizes, seed=0):
+    chance = np.random.default_rng(seed)
+    parts = []
+    for size in sizes:
+        x = chance.normal(size=(size, 8)).astype("float32")
+        parts.append((x, (x[:, 0] + 2 * x[:, 1] > chance.normal(size=size)).astype("int64")))
+    return parts
+
+
+def tagger():
+    """Masked tokens in, two outputs: neither loss is a mean over rows."""
+    keras.utils.set_random_seed(5)
+    tokens = keras.Input((6,), dtype="int32")
+    hidden = layers.Dense(8, "tanh")(layers.Embedding(20, 4, mask_zero=True)(tokens))
+    tag = layers.Dense(3, activation="softmax", name="tag")(hidden)
+    value = layers.Dense(1, name="value")(layers.GlobalAveragePooling1D()(hidden))
+    model = keras.Model(tokens, {"tag": tag, "value": value})
+    losses = {"tag": "sparse_categorical_crossentropy", "value": keras.losses.MeanSquaredError(reduction="sum")}
+    optimizer = keras.optimizers.Adam(0.01, global_clipnorm=0.5, use_ema=True, gradient_accumulation_steps=2)
+    model.compile(optimizer, losses, loss_weights={"tag": 1.0, "value": 0.01}, metrics={"tag": ["accuracy"]})
+    return model
+
+
+def tagged(sizes, seed):
+    chance = np.random.default_rng(seed)
+    parts = []
+    for size in sizes:
+        lengths = chance.integers(1, 7, size)
+        x = np.where(np.arange(6) < lengths[:, None], chance.integers(1, 20, (size, 6)), 0)
+        y = {"tag": chance.integers(0, 3, (size, 6)), "value": chance.normal(size=(size, 1)).astype("f4")}
+        parts.append((x, y))
+    return parts
+
+
+def test_ranks_on_uneven_shards_end_where_one_process_ends_also_with_losses_that_are_no_mean(fit_ranks, fit_reference):
+    model, config = tagger(), FitConfig(epochs=2, batch_size=8, seed=7)
+    parts = tagged((16, 0, 9), seed=6)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_weights_of_rows_and_validation_and_metrics_that_are_no_mean_are_those_of_one_process(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(14)
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(6, "tanh", kernel_regularizer="l2"), layers.Dense(1, activation="sigmoid")]
+    )
+    model.compile("adam", "binary_crossentropy", metrics=[keras.metrics.AUC(), keras.metrics.F1Score(threshold=0.5)])
+    parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data((24, 0, 9))]
+    config = FitConfig(epochs=2, batch_size=8, validation_split=0.3, class_weight={0: 0.3, 1: 2.5})
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def normalized(policy=None):
+    keras.utils.set_random_seed(11)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(4, dtype=policy),
+            layers.BatchNormalization(momentum=0.5, name="moving", dtype=policy),
+            layers.Dropout(0.3, seed=5),
+            layers.Dense(3, activation="softmax", dtype="float32"),
+        ]
+    )
+    model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    return model
+
+
+def test_moving_statistics_are_averaged_by_rows(fit_ranks):
+    model, parts = normalized(), dense_data((8, 4, 0))
+    kernel, bias = model.layers[0].get_weights()
+    ranks = fit_ranks(model, parts, FitConfig(epochs=1, batch_size=8, shuffle=False))
+    assert len({tuple(rank.digests) for rank in ranks}) == 1
+    # One step: the moving mean is half of the mean of each rank's batch means, weighted by rows.
+    activations = np.concatenate([x for x, _ in parts]) @ kernel + bias
+    moving = ranks[0].model.get_layer("moving").moving_mean.numpy()
+    np.testing.assert_allclose(moving, 0.5 * activations.mean(axis=0), rtol=1e-4, atol=1e-6)
+    states = [rank.model.get_layer(index=2).seed_generator.state.numpy() for rank in ranks]
+    assert states[0][0] != states[1][0], "the ranks drop the same units"
+
+
+def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_bits_of_one_that_was_not_interrupted(fit_ranks):
+    model, parts = normalized("mixed_bfloat16"), dense_data((16, 12))
+    config = FitConfig(epochs=2, batch_size=4, seed=7, validation_split=0.25)
+    arguments = {"checkpoint": Checkpoint(every_steps=5), "callbacks": lambda: [keras.callbacks.EarlyStopping("loss")]}
+    whole = fit_ranks(model, parts, config, **arguments)
+    name = "000001-00000002"
+    resume = Resume(name, {r: m["kept"] for r, fitted in enumerate(whole) for m in fitted.saved if m["id"] == name})
+    assert len(resume.shares) == 2, whole[0].saved
+    for resumed, before in zip(fit_ranks(model, parts, config, resume=resume, **arguments), whole, strict=True):
+        assert resumed.final == before.final
+        assert resumed.history == before.history
+
+
+def test_steps_of_each_rank_alone_end_in_one_model(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(6, "tanh"), layers.Dense(3, activation="softmax")])
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    parts = dense_data((29, 0, 11))
+    config = FitConfig(epochs=3, batch_size=32, sync_every="epoch")  # one step holds a whole shard
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    ranks = fit_ranks(normalized(), parts, FitConfig(epochs=1, batch_size=4, sync_every=3))
+    assert all(rank.digests == ranks[0].digests for rank in ranks)
+
+
+@keras.saving.register_keras_serializable("on_any_keras_backend")
+class OwnStep(keras.Model):
+    """A custom train_step in the form that Keras's guides give it."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.dense = layers.Dense(3)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def train_step(self, *arguments):
+        return self._jax_step(*arguments) if keras.backend.backend() == "jax" else self._torch_step(*arguments)
+
+    def _loss(self, y, logits):
+        return keras.ops.mean(keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True))
+
+    def _jax_step(self, state, data):
+        import jax
+
+        (trainable, others, optimizer, metrics), (x, y) = state, data
+
+        def forward(trainable):
+            logits, changed = self.stateless_call(trainable, others, x)
+            return self._loss(y, logits), changed
+
+        (loss, others), gradients = jax.value_and_grad(forward, has_aux=True)(trainable)
+        trainable, optimizer = self.optimizer.stateless_apply(optimizer, gradients, trainable)
+        return {"own_loss": loss}, (trainable, others, optimizer, metrics)
+
+    def _torch_step(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        loss = self._loss(y, self(x))
+        loss.backward()
+        with torch.no_grad():
+            self.optimizer.apply([v.value.grad for v in self.trainable_weights], self.trainable_weights)
+        return {"own_loss": loss}
+
+
+def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(8)
+    model = OwnStep()
+    model(np.zeros((1, 8), "float32"))
+    model.compile("adam")
+    parts, config = dense_data((13, 9)), FitConfig(epochs=2, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_a_rank_that_fails_makes_the_others_fail_with_its_reason(fit_ranks, monkeypatch):
+    communicator = type(LocalGroup(1, timeout_s=1).communicators[0])
+    allreduce = communicator.allreduce
+
+    def lose(self, buffer, *arguments, **named):
+        if buffer.dtype == np.float32:  # gradients
+            raise CollectiveError("rank 1 is gone")
+        allreduce(self, buffer, *arguments, **named)
+
+    model, parts = normalized(), dense_data((8, 8))
+    monkeypatch.setattr(communicator, "allreduce", lose)
+    with pytest.raises(CollectiveError, match=r"^rank 1 is gone$"):
+        fit_ranks(model, parts, FitConfig(batch_size=8))
+
+
+def test_what_the_backend_cannot_do_is_refused_on_the_driver():
+    from allreduce_spark.data.spec import LeafSpec, RowSpec
+    from allreduce_spark.training.checks import check_backends, check_inputs
+
+    assert check_backends("mpi") == "mpi"
+    with pytest.raises(ConfigError, match="backend='horovod-mpi' reduces what TensorFlow computes"):
+        check_backends("horovod-mpi")
+    with pytest.raises(DataError, match="computes with numbers only"):
+        check_inputs(OwnStep(), RowSpec(LeafSpec("x", "string", ())))
