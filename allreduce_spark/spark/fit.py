@@ -1,31 +1,41 @@
-"""One fit, once its arguments are checked and its rows divided: the way of `SparkModel.fit`, and of every trial of a search."""
+"""One fit, once its arguments are checked and its rows divided: the way of `SparkModel.fit`, and of every trial of a search.
+
+And one function, the way of `run`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark import RDD, SparkContext
 
+from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.config import Checkpoint, FitConfig, Recovery, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.spark.approval import approve, choose_backend
+from allreduce_spark.spark.approval import approve_fit, choose_backend
 from allreduce_spark.spark.cluster import count_slots
+from allreduce_spark.spark.hosting import EachEpochOnce
+from allreduce_spark.spark.progress import Nobody
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
-from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
+from allreduce_spark.spark.recovery import Safety, coordinate
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.training.checks import warn_if_diverged
+from allreduce_spark.training.function import FunctionJob
+from allreduce_spark.training.identity import fingerprint_of
 from allreduce_spark.training.job import make_job
 from allreduce_spark.training.result import take_over
 
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["Rows", "run_fit"]
+__all__ = ["Rows", "run_fit", "run_function_job"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,7 @@ def run_fit(
         RankFailedError, CancelledError, KeyboardInterrupt: What ended the fit.
     """
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
+    fingerprint = fingerprint_of(model, config, callbacks)
     with (
         scratch_folder() as folder,  # which the next fit here removes if this driver is killed
         hold_slots(rows.num_ranks, partial(count_slots, context)),
@@ -70,12 +81,16 @@ def run_fit(
     ):
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
-            approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
-            fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
-            if coordinator.newest:
-                check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
-            coordinator.begin(fingerprint)
-            return {**approved, "backend": choose_backend(backend, joins)}
+            return approve_fit(
+                joins,
+                model=model,
+                config=config,
+                fingerprint=fingerprint,
+                with_validation_data=rows.with_validation,
+                coordinator=coordinator,
+                of_this_fit=coordinator.has_begun,
+                backend=backend,
+            )
 
         store = None if job.checkpoint is None or job.checkpoint.path is None else Store(job.checkpoint.path).path
         run_work(
@@ -91,7 +106,7 @@ def run_fit(
                 coordinator=coordinator,
                 recovery=safety.recovery,
                 spectator=spectator,
-                on_progress=_EachEpochOnce(spectator.report),
+                on_progress=EachEpochOnce(spectator.report),
                 results=folder,
             )
         )
@@ -100,16 +115,31 @@ def run_fit(
     return history
 
 
-class _EachEpochOnce:
-    """Passes progress on, but for that of epochs which were over before the ranks had to go back behind their end."""
+def run_function_job(
+    context: SparkContext, job: FunctionJob, num_ranks: int, backend: str, max_restarts: int, folder: Path
+) -> None:
+    """Call a function on the ranks of barrier stages; what rank r returned becomes the file `result-r` in `folder`.
 
-    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
-        self._report, self._last_over = report, -1
-
-    def __call__(self, fields: dict[str, Any]) -> None:
-        if "epoch" in fields:
-            if fields["epoch"] <= self._last_over:
-                return
-            if fields["epoch_done"]:
-                self._last_over = fields["epoch"]
-        self._report(fields)
+    Raises:
+        RankFailedError, CancelledError, KeyboardInterrupt: What ended it.
+    """
+    with (
+        hold_slots(num_ranks, partial(count_slots, context)),
+        contextlib.closing(Coordinator(Checkpoint())) as coordinator,
+    ):
+        run_work(
+            Work(
+                context=context,
+                shards=context.parallelize([], num_ranks),
+                num_shards=num_ranks,
+                files=job.files(),
+                timeouts=job.timeouts,
+                backend=backend,
+                store=None,
+                approve=lambda joins: {"backend": choose_backend(backend, joins)},
+                coordinator=coordinator,
+                recovery=Recovery(max_restarts, min_ranks=num_ranks),
+                spectator=Nobody(),
+                results=folder,
+            )
+        )

@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from allreduce_spark.training.models.heads import Head
     from allreduce_spark.training.scoring import PackedModel
 
-__all__ = ["NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
+__all__ = [
+    "NewColumn",
+    "Transform",
+    "add_columns",
+    "concatenate",
+    "evaluate_blocks",
+    "predict_blocks",
+    "prepare_tensorflow",
+    "task_context",
+    "value_of",
+]
 
 
 def predict_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) -> list[Any]:
@@ -39,14 +49,14 @@ def evaluate_blocks(packed: PackedModel, batch_size: int, blocks: RDD[bytes]) ->
 
 
 def _predict(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
-    _prepare_tensorflow()
+    prepare_tensorflow()
     from allreduce_spark.training.inference import predict_rows
 
     return _only_known_errors(partial(predict_rows, packed, batch_size, blocks))
 
 
 def _evaluate(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Iterator[Any]:
-    _prepare_tensorflow()
+    prepare_tensorflow()
     from allreduce_spark.training.inference import evaluate_rows
 
     return _only_known_errors(partial(evaluate_rows, packed, batch_size, blocks))
@@ -128,14 +138,17 @@ class NewColumn:
 
 
 def add_columns(
-    transform: Transform, model: Broadcast[PackedModel], batches: Iterable[pa.RecordBatch]
+    transform: Transform, packed: Callable[[], PackedModel], batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """The body of a transformer's task: batch after batch, nothing is held back.
+
+    Args:
+        packed: Gets the model; called where it is not in this worker yet.
 
     Raises:
         DataError: A row is not what the model takes; names the partition, the row and the column.
     """
-    _prepare_tensorflow()
+    prepare_tensorflow()
     from allreduce_spark.training.scoring import scorer_of
 
     with_outputs = any(column.source != "layer" for column in transform.columns)
@@ -152,9 +165,7 @@ def add_columns(
                 raise DataError(f"in {place}, {error}") from None
             done += piece.num_rows
             if kept.num_rows:
-                scorer = scorer or scorer_of(
-                    transform.token, transform.layer, with_outputs=with_outputs, packed=partial(_value_of, model)
-                )
+                scorer = scorer or scorer_of(transform.token, transform.layer, with_outputs=with_outputs, packed=packed)
                 by_form = dict(zip(transform.form.arrays, columns, strict=True))
                 arrays = {form.key: by_form[form].array(kept.num_rows) for form in transform.form.x}
                 yield _with_columns(kept, transform, *scorer(arrays))
@@ -178,7 +189,8 @@ def _with_columns(
 _CELLS: dict[str, Callable[[Any], pa.Array]] = {"number": numbers, "vector": vectors, "array": lists}
 
 
-def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
+def value_of(model: Broadcast[PackedModel]) -> PackedModel:
+    """A model that was broadcast, in a task."""
     value = model.value
     # Spark would keep the archive in memory beside the model that is made of it; should it be asked for again, it is in a file,
     # unless spark.io.encryption.enabled made it come through a socket.
@@ -187,19 +199,19 @@ def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
     return value
 
 
-def _prepare_tensorflow() -> None:
+def prepare_tensorflow() -> None:
     """Before it is imported: quiet, and on the cores of this task alone. Spark runs a task for every core of a machine."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from allreduce_spark.training.cores import use_cores
 
-    use_cores(_task().cpus())
+    use_cores(task_context().cpus())
 
 
 def _partition() -> int:
-    return _task().partitionId()
+    return task_context().partitionId()
 
 
-def _task() -> TaskContext:
+def task_context() -> TaskContext:
     context = TaskContext.get()
     assert context is not None  # for mypy: this runs in a task
     return context

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import cloudpickle
 
-from allreduce_spark.checkpoint.coordinator import Coordinator
-from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_backend, check_num_ranks
+from allreduce_spark.config import Timeouts, check_backend, check_num_ranks
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
-from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.approval import choose_backend
-from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
-from allreduce_spark.spark.ranks import Work, run_work
-from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.spark.engine import engine_for
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
 
@@ -50,7 +43,7 @@ def run(
             to it to go on from something that it has saved.
 
     Returns:
-        What the function returned, in the order of the ranks.
+        What the function returned, in the order of the ranks. It comes by cloudpickle: with Spark Connect, trust the cluster.
 
     Raises:
         ConfigError: An argument cannot work, or what a rank returned cannot be sent.
@@ -61,41 +54,8 @@ def run(
         raise ConfigError(f"run needs a function, got {function!r}.")
     timeouts, backend = timeouts or Timeouts(), check_backend(backend)
     call = pickle_objects((function, args, kwargs))
-    context = active_context()
-    wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
-    recovery = Recovery(max_restarts, min_ranks=wanted)
-    with (
-        scratch_folder() as folder,
-        hold_slots(wanted, partial(count_slots, context)),
-        contextlib.closing(Coordinator(Checkpoint())) as coordinator,
-    ):
-        run_work(
-            Work(
-                context=context,
-                shards=context.parallelize([], wanted),
-                num_shards=wanted,
-                files=FunctionJob(call, timeouts).files(),
-                timeouts=timeouts,
-                backend=backend,
-                store=None,
-                approve=lambda joins: {"backend": choose_backend(backend, joins)},
-                coordinator=coordinator,
-                recovery=recovery,
-                spectator=_Nobody(),
-                results=folder,
-            )
-        )
+    engine = engine_for()
+    wanted = engine.check_slots(None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
+    with scratch_folder() as folder:
+        engine.run(FunctionJob(call, timeouts), wanted, backend, max_restarts, folder)
         return [cloudpickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(wanted)]
-
-
-class _Nobody:
-    """Looks at nothing: what there is to see is the function's own affair."""
-
-    def show_phase(self, phase: Phase) -> None:
-        pass
-
-    def report(self, fields: dict[str, Any]) -> None:
-        pass
-
-    def draw(self) -> None:
-        pass
