@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import time
@@ -11,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.config import Timeouts
@@ -44,16 +42,16 @@ def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts) -
             barrier stage can run there at all.
     """
     _check_barriers(session)
-    started = time.monotonic()
+    started, needed = time.monotonic(), wanted or 1
     while True:
         slots, waited_s = count_slots(session), time.monotonic() - started
         if slots is None and wanted is None:
             raise ConfigError("how many slots this Spark application has cannot be told from here: pass num_ranks.")
-        if slots is None or slots >= (wanted or 1):
-            return wanted or int(slots or 1)
+        if slots is None or slots >= needed:
+            return wanted or slots or needed
         if waited_s > timeouts.slots_s or _is_local(session):
             raise ConfigError(
-                f"num_ranks={wanted} needs {wanted} slots at once, but the Spark application of this Connect session has "
+                f"num_ranks={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
                 f"{slots} (master {setting(session, 'spark.master', 'unknown')}, "
                 f"spark.task.cpus={setting(session, 'spark.task.cpus', '1')}). A barrier stage starts all its ranks at once or "
                 f"none: lower num_ranks to {max(slots, 1)} or fewer, or give the server more executors."
@@ -83,9 +81,7 @@ def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: 
 
 def setting(session: SparkSession, name: str, default: str) -> str:
     """A setting of the application; `default` where it is not set."""
-    with contextlib.suppress(PySparkException):
-        return session.conf.get(name) or default
-    return default
+    return session.conf.get(name, default) or default
 
 
 def ask_executor(session: SparkSession, question: Callable[[], Any]) -> Any:
