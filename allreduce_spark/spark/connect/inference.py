@@ -118,8 +118,17 @@ def _predict(batch_size: int, packed: PackedModel, blocks: Iterable[bytes]) -> I
 
     outputs = predict_rows(packed, batch_size, blocks)
     if outputs is not None:
-        for _, block in arrays_to_blocks(outputs, role="train", num_shards=1):
+        for _, block in arrays_to_blocks(_plain(outputs), role="train", num_shards=1):
             yield from pieces_of(PREDICTIONS, block)
+
+
+def _plain(outputs: Any) -> Any:
+    """The same with float32 for bfloat16, which is no dtype of numpy's own."""
+    if isinstance(outputs, dict):
+        return {name: _plain(output) for name, output in outputs.items()}
+    if isinstance(outputs, (list, tuple)):
+        return type(outputs)(map(_plain, outputs))
+    return outputs.astype("float32") if outputs.dtype.name == "bfloat16" else outputs
 
 
 def _evaluate(batch_size: int, packed: PackedModel, blocks: Iterable[bytes]) -> Iterator[pa.RecordBatch]:
