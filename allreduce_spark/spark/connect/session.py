@@ -81,7 +81,7 @@ def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: 
 
 def setting(session: SparkSession, name: str, default: str) -> str:
     """A setting of the application; `default` where it is not set."""
-    return session.conf.get(name, default) or default
+    return session.conf.get(name, None) or default  # a default of another type than the setting would be an error
 
 
 def ask_executor(session: SparkSession, question: Callable[[], Any]) -> Any:
