@@ -31,7 +31,8 @@ class Timeouts:
     """How long each phase of a fit may take, in seconds. Every wait of the library is one of these.
 
     Attributes:
-        slots_s: Executors that are still registering with a young Spark application.
+        slots_s: Executors that are still registering with a young Spark application. With Spark Connect also: slots for all
+            ranks that are free at once.
         start_s: From when the barrier stage could start until every agent has connected to the driver. While other tasks of
             the application run, those that it takes its rows from among them, it waits for slots, for up to `spool_s`.
         spool_s: Reading and writing down all shards; includes what is upstream of them in the same stage. Before that stage:

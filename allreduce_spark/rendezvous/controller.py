@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from allreduce_spark.errors import AllReduceSparkError, ProtocolError, RankFailedError
@@ -37,6 +38,7 @@ rank_log = logging.getLogger("allreduce_spark.rank")
 
 # A rank that lost the others in a collective may be heard before the death that caused it: wait so long for the cause.
 GRACE_S = 0.4
+READY_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Hooks:
         on_saved: Called with a rank, and what it says of a checkpoint.
         on_restart: Called with the cause, before the ranks are started again: the pieces of a result that have come count no
             more.
+        is_ready: Whether `approve` and `resume` can answer at once. Until then ranks wait, and all else goes on.
     """
 
     approve: Callable[[Sequence[Join]], dict[str, Any]]
@@ -61,6 +64,7 @@ class Hooks:
     on_result: Callable[[int, bytes], object] = lambda rank, piece: None
     on_saved: Callable[[int, dict[str, Any]], object] = lambda rank, fields: None
     on_restart: Callable[[Failure], object] = lambda cause: None
+    is_ready: Callable[[], bool] = lambda: True
 
 
 @dataclass
@@ -283,9 +287,14 @@ class Controller:
         self._move(station, Phase.JOIN)
         joins = [self._stations[rank].join for rank in sorted(self._stations)]
         if len(joins) == self._num_ranks and all(joins):
-            self._start_ranks([join for join in joins if join is not None])
+            self._start_ranks([join for join in joins if join is not None], self._generation)
 
-    def _start_ranks(self, joins: list[Join]) -> None:
+    def _start_ranks(self, joins: list[Join], generation: int) -> None:
+        if generation != self._generation or self.finished.is_set():
+            return  # It has failed while it waited here.
+        if not self._hooks.is_ready():
+            self._call_later(READY_POLL_S, partial(self._start_ranks, joins, generation))
+            return
         if self._approved is None:
             self._approved = self._call(self._hooks.approve, joins)
         resume = self._call(self._hooks.resume, joins)

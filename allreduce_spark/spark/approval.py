@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from allreduce_spark.checkpoint.coordinator import Coordinator
+from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.config import FitConfig
 from allreduce_spark.data.spec import RowSpec, common_spec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.rendezvous.group import Join, shards_of
+from allreduce_spark.spark.recovery import check_resumable
 from allreduce_spark.training.backends import KERAS_BACKEND
 from allreduce_spark.training.batches import validation_rows_of
 from allreduce_spark.training.checks import check_inputs, check_labels
@@ -18,9 +22,56 @@ from allreduce_spark.training.checks import check_inputs, check_labels
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["approve", "check_gpus", "choose_backend"]
+__all__ = ["approve", "approve_fit", "approve_function", "check_gpus", "choose_backend"]
 
 log = logging.getLogger(__name__)
+
+
+def approve_fit(
+    joins: Sequence[Join],
+    *,
+    model: keras.Model,
+    config: FitConfig,
+    fingerprint: Fingerprint,
+    with_validation_data: bool,
+    coordinator: Coordinator,
+    of_this_fit: bool,
+    backend: str,
+    ranks_per_gpu: int,
+) -> dict[str, Any]:
+    """Make sure that the ranks of a barrier stage may start, and tell the coordinator what its checkpoints are of.
+
+    Args:
+        joins, model, config, with_validation_data: As for `approve`.
+        fingerprint: What the fit is a fit of, but for its rows.
+        coordinator: Of the fit.
+        of_this_fit: Whether an earlier barrier stage of the fit had come so far.
+        backend: What the ranks are to reduce by, as `config.BACKENDS` names it.
+        ranks_per_gpu: How many ranks may share a GPU.
+
+    Returns:
+        What every rank is told.
+
+    Raises:
+        ConfigError, DataError: They may not start.
+    """
+    check_gpus(joins, ranks_per_gpu, gpus_per_rank=1)
+    approved = approve(joins, model=model, config=config, with_validation_data=with_validation_data)
+    fingerprint = _with_rows(fingerprint, config, joins, approved["spec"])
+    if coordinator.newest:
+        check_resumable(coordinator.newest, fingerprint, of_this_fit=of_this_fit)
+    coordinator.begin(fingerprint)
+    return {**approved, "backend": choose_backend(backend, joins)}
+
+
+def approve_function(joins: Sequence[Join], *, backend: str, ranks_per_gpu: int) -> dict[str, Any]:
+    """The same for ranks that call a function of the user's; where Spark gives a task several GPUs, it sees them all.
+
+    Raises:
+        ConfigError: They may not start.
+    """
+    check_gpus(joins, ranks_per_gpu)
+    return {"backend": choose_backend(backend, joins)}
 
 
 def approve(
@@ -124,6 +175,25 @@ def _ranks_by_gpu(joins: Sequence[Join]) -> dict[tuple[str, str], list[Join]]:
         for gpu in join.gpus:
             users[join.host_key, gpu].append(join)
     return users
+
+
+def _with_rows(fit: Fingerprint, config: FitConfig, joins: Sequence[Join], spec: str | None) -> Fingerprint:
+    """What a fit is a fit of, once all shards are on disk.
+
+    Args:
+        fit: The same before its rows were known.
+        spec: What they look like, as JSON.
+    """
+    shards = shards_of(joins)
+    rows = tuple(shard.rows for shard in shards)
+    held_out = validation_rows_of(rows, config.validation_split)
+    return replace(
+        fit,
+        data_schema=spec or "",
+        rows=tuple(all_ - some for all_, some in zip(rows, held_out, strict=True)),
+        validation_rows=sum(held_out) + sum(shard.validation_rows for shard in shards),
+        global_batch_size=config.batch_size * len(rows),
+    )
 
 
 def _check_counts(rows: tuple[int, ...], validation_rows: int | None, config: FitConfig) -> None:

@@ -9,6 +9,7 @@ import time
 
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile
+from pyspark.sql.utils import is_remote
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
@@ -30,6 +31,11 @@ def active_context() -> SparkContext:
     """
     context = SparkContext._active_spark_context
     if context is None:
+        if is_remote():
+            raise ConfigError(
+                "this needs RDDs and a SparkContext, which a Spark Connect session has not. With one, there are fit, predict, "
+                "evaluate and extract_features of SparkModel, the estimator, the transformer, and run."
+            )
         raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
     _use_this_python(context)
     return context

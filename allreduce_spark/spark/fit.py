@@ -1,34 +1,44 @@
-"""One fit, once its arguments are checked and its rows divided: the way of `SparkModel.fit`, and of every trial of a search."""
+"""One fit, once its arguments are checked and its rows divided: the way of `SparkModel.fit`, and of every trial of a search.
+
+And one function, the way of `run`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyspark import RDD, SparkContext
 from pyspark.resource import ResourceProfile
 
+from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.config import FitConfig, Timeouts
+from allreduce_spark.config import Checkpoint, FitConfig, Recovery, Timeouts
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.spark.approval import approve, check_gpus, choose_backend
+from allreduce_spark.spark.approval import approve_fit, approve_function
 from allreduce_spark.spark.cluster import count_slots
+from allreduce_spark.spark.hosting import EachEpochOnce
+from allreduce_spark.spark.progress import Nobody
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
-from allreduce_spark.spark.recovery import Safety, check_resumable, coordinate, fingerprint_of_joins
+from allreduce_spark.spark.recovery import Safety, coordinate
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.training.backends import ours
 from allreduce_spark.training.checks import warn_if_diverged
+from allreduce_spark.training.function import FunctionJob
+from allreduce_spark.training.identity import fingerprint_of
 from allreduce_spark.training.job import make_job
 from allreduce_spark.training.result import take_over
 
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["Rows", "run_fit"]
+__all__ = ["Rows", "run_fit", "run_function_job"]
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +82,7 @@ def run_fit(
     if model.jit_compile and not ours.COMPILES_CALLS:
         log.info("the ranks train without jit_compile: compiled code would know no way out to the other ranks")
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
+    fingerprint = fingerprint_of(model, config, callbacks)
     with (
         scratch_folder() as folder,  # which the next fit here removes if this driver is killed
         hold_slots(rows.num_ranks, partial(count_slots, context, resources), kind=resources and resources.id),
@@ -79,13 +90,17 @@ def run_fit(
     ):
 
         def approval(joins: Sequence[Join]) -> dict[str, Any]:
-            check_gpus(joins, ranks_per_gpu, gpus_per_rank=1)
-            approved = approve(joins, model=model, config=config, with_validation_data=rows.with_validation)
-            fingerprint = fingerprint_of_joins(model, config, callbacks, joins, approved["spec"])
-            if coordinator.newest:
-                check_resumable(coordinator.newest, fingerprint, of_this_fit=coordinator.has_begun)
-            coordinator.begin(fingerprint)
-            return {**approved, "backend": choose_backend(backend, joins)}
+            return approve_fit(
+                joins,
+                model=model,
+                config=config,
+                fingerprint=fingerprint,
+                with_validation_data=rows.with_validation,
+                coordinator=coordinator,
+                of_this_fit=coordinator.has_begun,
+                backend=backend,
+                ranks_per_gpu=ranks_per_gpu,
+            )
 
         store = None if job.checkpoint is None or job.checkpoint.path is None else Store(job.checkpoint.path).path
         run_work(
@@ -101,7 +116,7 @@ def run_fit(
                 coordinator=coordinator,
                 recovery=safety.recovery,
                 spectator=spectator,
-                on_progress=_EachEpochOnce(spectator.report),
+                on_progress=EachEpochOnce(spectator.report),
                 results=folder,
                 resources=resources,
             )
@@ -111,16 +126,40 @@ def run_fit(
     return history
 
 
-class _EachEpochOnce:
-    """Passes progress on, but for that of epochs which were over before the ranks had to go back behind their end."""
+def run_function_job(
+    context: SparkContext,
+    job: FunctionJob,
+    num_ranks: int,
+    backend: str,
+    max_restarts: int,
+    folder: Path,
+    *,
+    resources: ResourceProfile | None,
+    ranks_per_gpu: int,
+) -> None:
+    """Call a function on the ranks of barrier stages; what rank r returned becomes the file `result-r` in `folder`.
 
-    def __init__(self, report: Callable[[dict[str, Any]], None]) -> None:
-        self._report, self._last_over = report, -1
-
-    def __call__(self, fields: dict[str, Any]) -> None:
-        if "epoch" in fields:
-            if fields["epoch"] <= self._last_over:
-                return
-            if fields["epoch_done"]:
-                self._last_over = fields["epoch"]
-        self._report(fields)
+    Raises:
+        RankFailedError, CancelledError, KeyboardInterrupt: What ended it.
+    """
+    with (
+        hold_slots(num_ranks, partial(count_slots, context, resources), kind=resources and resources.id),
+        contextlib.closing(Coordinator(Checkpoint())) as coordinator,
+    ):
+        run_work(
+            Work(
+                context=context,
+                shards=context.parallelize([], num_ranks),
+                num_shards=num_ranks,
+                files=job.files(),
+                timeouts=job.timeouts,
+                backend=backend,
+                store=None,
+                approve=partial(approve_function, backend=backend, ranks_per_gpu=ranks_per_gpu),
+                coordinator=coordinator,
+                recovery=Recovery(max_restarts, min_ranks=num_ranks),
+                spectator=Nobody(),
+                results=folder,
+                resources=resources,
+            )
+        )

@@ -28,7 +28,17 @@ if TYPE_CHECKING:
     from allreduce_spark.training.models.heads import Head
     from allreduce_spark.training.scoring import PackedModel
 
-__all__ = ["KerasTask", "NewColumn", "Transform", "add_columns", "evaluate_blocks", "predict_blocks"]
+__all__ = [
+    "KerasTask",
+    "NewColumn",
+    "Transform",
+    "add_columns",
+    "concatenate",
+    "evaluate_blocks",
+    "predict_blocks",
+    "task_context",
+    "value_of",
+]
 
 
 def predict_blocks(
@@ -154,9 +164,12 @@ class NewColumn:
 
 
 def add_columns(
-    transform: Transform, model: Broadcast[PackedModel], batches: Iterable[pa.RecordBatch]
+    transform: Transform, packed: Callable[[], PackedModel], batches: Iterable[pa.RecordBatch]
 ) -> Iterator[pa.RecordBatch]:
     """The body of a transformer's task: batch after batch, nothing is held back.
+
+    Args:
+        packed: Gets the model; called where it is not in this worker yet.
 
     Raises:
         DataError: A row is not what the model takes; names the partition, the row and the column.
@@ -177,9 +190,7 @@ def add_columns(
                 raise DataError(f"in {place}, {error}") from None
             done += piece.num_rows
             if kept.num_rows:
-                scorer = scorer or scorer_of(
-                    transform.token, transform.layer, with_outputs=with_outputs, packed=partial(_value_of, model)
-                )
+                scorer = scorer or scorer_of(transform.token, transform.layer, with_outputs=with_outputs, packed=packed)
                 by_form = dict(zip(transform.form.arrays, columns, strict=True))
                 arrays = {form.key: by_form[form].array(kept.num_rows) for form in transform.form.x}
                 yield _with_columns(kept, transform, *scorer(arrays))
@@ -203,7 +214,8 @@ def _with_columns(
 _CELLS: dict[str, Callable[[Any], pa.Array]] = {"number": numbers, "vector": vectors, "array": lists}
 
 
-def _value_of(model: Broadcast[PackedModel]) -> PackedModel:
+def value_of(model: Broadcast[PackedModel]) -> PackedModel:
+    """A model that was broadcast, in a task."""
     value = model.value
     # Spark would keep the archive in memory beside the model that is made of it; should it be asked for again, it is in a file,
     # unless spark.io.encryption.enabled made it come through a socket.
@@ -233,15 +245,15 @@ def _prepare_keras(environment: dict[str, str]) -> None:
         )
     from allreduce_spark.training.cores import use_cores
 
-    with seen_by_cuda(choose_gpus(assigned_gpus(_task()), _partition())):
-        use_cores(_task().cpus())
+    with seen_by_cuda(choose_gpus(assigned_gpus(task_context()), _partition())):
+        use_cores(task_context().cpus())
 
 
 def _partition() -> int:
-    return _task().partitionId()
+    return task_context().partitionId()
 
 
-def _task() -> TaskContext:
+def task_context() -> TaskContext:
     context = TaskContext.get()
     assert context is not None  # for mypy: this runs in a task
     return context

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyspark import RDD
@@ -25,16 +26,14 @@ from allreduce_spark.config import (
 )
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots, is_local
+from allreduce_spark.spark.engine import Fit, engine_for
 from allreduce_spark.spark.files import load_model_at, save_model
-from allreduce_spark.spark.fit import Rows, run_fit
-from allreduce_spark.spark.inference import concatenate, evaluate_blocks, predict_blocks
+from allreduce_spark.spark.inference import concatenate
 from allreduce_spark.spark.progress import Display, verbosity_of
-from allreduce_spark.spark.recovery import Safety, newest_checkpoint
-from allreduce_spark.spark.resources import check_resources, register
-from allreduce_spark.spark.shards import blocks_of, columns_of, shards_of
+from allreduce_spark.spark.recovery import Safety, check_resume
+from allreduce_spark.spark.resources import check_resources
+from allreduce_spark.spark.shards import columns_of
 from allreduce_spark.training.checks import check_backends, check_callbacks, check_classes, check_model
-from allreduce_spark.training.cores import warn_if_gpus_are_taken
 from allreduce_spark.training.inference import result_of
 from allreduce_spark.training.models.layout import layer_model
 from allreduce_spark.training.scoring import PackedModel, pack
@@ -53,6 +52,9 @@ class SparkModel:
 
     Each rank holds the whole model and a part of the rows; after each batch the ranks combine their gradients by all-reduce.
     Fitting changes the Keras model that was passed in, weights and optimizer state, as `keras.Model.fit` does.
+
+    The session may be one of Spark Connect: then data are its DataFrames, or arrays, and epochs are logged on the executor of
+    rank 0 instead of being shown here.
 
     Args:
         model: Compiled. It may be unbuilt; then the first fit builds it.
@@ -174,9 +176,11 @@ class SparkModel:
             CancelledError: The Spark job was cancelled.
         """
         recovery = Recovery(max_restarts, min_ranks)
-        resumed = newest_checkpoint(checkpoint, resume)
-        if seed is None:
-            seed = random.randrange(2**32) if resumed is None else resumed.fingerprint["seed"]
+        asks_to_resume = check_resume(checkpoint, resume)
+        users = check_callbacks([] if callbacks is None else callbacks)
+        columns = columns_of(features_col, label_col, weight_col)
+        if validation_split and validation_data is not None:
+            raise ConfigError("validation_split and validation_data are both given; choose one")
         config = FitConfig(
             epochs=epochs,
             batch_size=batch_size,
@@ -187,39 +191,34 @@ class SparkModel:
             shuffle=shuffle,
             class_weight=class_weight,
             sync_every=self.sync_every,
-            seed=seed,
+            seed=0 if seed is None else seed,
         )
-        users = check_callbacks([] if callbacks is None else callbacks)
-        columns = columns_of(features_col, label_col, weight_col)
-        if validation_split and validation_data is not None:
-            raise ConfigError("validation_split and validation_data are both given; choose one")
         with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
+            engine = engine_for(data, validation_data, resources=self.resources)
+            resumed = engine.newest_checkpoint(checkpoint) if checkpoint is not None and asks_to_resume else None
+            if seed is None:
+                seed = random.randrange(2**32) if resumed is None else resumed.fingerprint["seed"]
             display.show_phase(Phase.SLOTS)
-            context = active_context()
-            if is_local(context):
-                warn_if_gpus_are_taken()
-            resources = register(context, self.resources)
             wanted = self.num_ranks or (resumed.num_shards if resumed else None)
-            num_ranks = check_cluster(context, min_ranks or wanted, self.timeouts, resources)
-            num_ranks = max(num_ranks, wanted or 1)
+            num_ranks = max(engine.check_slots(min_ranks or wanted, self.timeouts), wanted or 1)
             for part in (data, validation_data):
                 if isinstance(part, (tuple, list)) and len(part) > 1:
                     check_classes(self.model, part[1])
-            shards = shards_of(context, data, validation_data, columns, num_ranks)
-            return run_fit(
-                context,
+            fit = Fit(
                 self.model,
-                Rows(shards, num_ranks, with_validation=validation_data is not None),
-                config,
-                callbacks=users,
-                custom_objects=self._custom_objects,
-                timeouts=self.timeouts,
-                spectator=display,
-                safety=Safety(recovery, checkpoint or Checkpoint(), resumed),
-                backend=self.backend,
-                resources=resources,
-                ranks_per_gpu=self.ranks_per_gpu,
+                data,
+                validation_data,
+                columns,
+                num_ranks,
+                replace(config, seed=seed),
+                self.timeouts,
+                users,
+                self._custom_objects,
+                Safety(recovery, checkpoint or Checkpoint(), resumed),
+                self.backend,
+                self.ranks_per_gpu,
             )
+            return engine.fit(fit, display)
 
     def evaluate(
         self,
@@ -246,12 +245,11 @@ class SparkModel:
             ConfigError: There is no Spark session, or the model has no weights yet.
             DataError: There are no rows, or they do not fit the model.
         """
-        context = active_context()
         columns = columns_of(features_col, label_col, weight_col)
-        resources = register(context, self.resources)
-        blocks = blocks_of(context, data, columns, max(1, count_slots(context, resources)))
         packed = self._packed(self.model, batch_size)
-        return result_of(self.model, evaluate_blocks(packed, batch_size, blocks, resources))
+        return result_of(
+            self.model, engine_for(data, resources=self.resources).evaluate(packed, batch_size, data, columns)
+        )
 
     def predict(self, data: Any, *, batch_size: int = 32, features_col: str | Sequence[str] = "features") -> Any:
         """The model's predictions for all rows, in the order of `data`, brought to the driver.
@@ -294,11 +292,11 @@ class SparkModel:
 
     def _outputs_of(self, model: keras.Model, data: Any, batch_size: int, features_col: str | Sequence[str]) -> Any:
         """The outputs of `model` for all rows, in their order."""
-        context = active_context()
         columns = columns_of(features_col, (), None)
-        resources = register(context, self.resources)
-        blocks = blocks_of(context, _without_labels(data), columns, max(1, count_slots(context, resources)))
-        return concatenate(predict_blocks(self._packed(model, batch_size), batch_size, blocks, resources))
+        packed = self._packed(model, batch_size)
+        return concatenate(
+            engine_for(data, resources=self.resources).predict(packed, batch_size, _without_labels(data), columns)
+        )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model, with its weights, optimizer state and the settings of this object, to one file.

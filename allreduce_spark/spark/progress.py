@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.rendezvous.protocol import Phase
 
-__all__ = ["Display", "erasing", "verbosity_of"]
+__all__ = ["Display", "Nobody", "erasing", "verbosity_of"]
 
 WAITING_FOR = {
     Phase.SLOTS: "counting slots",
@@ -119,6 +119,19 @@ class Display:
     def close(self) -> None:
         self.draw()
         self._close_bar()
+
+
+class Nobody:
+    """Looks at nothing: what there is to see of a function is its own affair."""
+
+    def show_phase(self, phase: Phase) -> None:
+        pass
+
+    def report(self, fields: dict[str, Any]) -> None:
+        pass
+
+    def draw(self) -> None:
+        pass
 
 
 def erasing(stream: TextIO) -> str:

@@ -5,7 +5,6 @@ One stage does, unless machines are lost: then another one goes on with the slot
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import secrets
@@ -14,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 from pyspark import RDD, SparkContext
 from pyspark.resource import ResourceProfile
@@ -22,12 +21,12 @@ from pyspark.resource import ResourceProfile
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.config import Recovery, Timeouts
-from allreduce_spark.rendezvous.controller import Hooks
-from allreduce_spark.rendezvous.group import Failure, Join
+from allreduce_spark.rendezvous.group import Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts, place_of
 from allreduce_spark.rendezvous.server import Rendezvous
 from allreduce_spark.spark.cluster import count_slots, driver_addresses, wait_for_slots
+from allreduce_spark.spark.hosting import rendezvous_for
 from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.stage import StageTask, error_of, run_stage
 from allreduce_spark.training.backends import environment
@@ -119,33 +118,33 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
     """
     key = secrets.token_bytes(32)
     listen_host, reachable_host = driver_addresses(work.context)
-    with contextlib.closing(_Results(work.results)) as results:
-        hooks = Hooks(
-            approve=work.approve,
-            resume=lambda joins: work.coordinator.resume([join.saved for join in joins]),
-            on_progress=work.on_progress,
-            on_result=results.write,
-            on_saved=work.coordinator.note,
-            on_restart=results.forget,
+    with rendezvous_for(
+        num_ranks,
+        key,
+        work.timeouts,
+        approve=work.approve,
+        coordinator=work.coordinator,
+        restarts=restarts,
+        results=work.results,
+        on_progress=work.on_progress,
+    ) as rendezvous:
+        _, port = rendezvous.start(listen_host)
+        address = (reachable_host, port)
+        task = StageTask(
+            num_ranks,
+            work.num_shards,
+            address,
+            key,
+            work.timeouts,
+            work.files,
+            work.store,
+            work.backend,
+            environment(),
         )
-        with contextlib.closing(Rendezvous(num_ranks, key, work.timeouts, hooks, restarts)) as rendezvous:
-            _, port = rendezvous.start(listen_host)
-            address = (reachable_host, port)
-            task = StageTask(
-                num_ranks,
-                work.num_shards,
-                address,
-                key,
-                work.timeouts,
-                work.files,
-                work.store,
-                work.backend,
-                environment(),
-            )
-            work.spectator.show_phase(Phase.START)
-            shards = shards_for(work.shards, work.num_shards, num_ranks)
-            watch = partial(_watch, work, rendezvous, _Slots(work, num_ranks))
-            failure = run_stage(work.context, shards, rendezvous, task, watch, work.resources)
+        work.spectator.show_phase(Phase.START)
+        shards = shards_for(work.shards, work.num_shards, num_ranks)
+        watch = partial(_watch, work, rendezvous, _Slots(work, num_ranks))
+        failure = run_stage(work.context, shards, rendezvous, task, watch, work.resources)
     if failure is None:
         return "there are slots for more ranks" if rendezvous.regroups else None
     if not rendezvous.stage_is_lost:
@@ -154,28 +153,6 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
     if refusal is not None:
         raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
     return failure.text
-
-
-class _Results:
-    """Writes down what ranks send, piece by piece."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[int, BinaryIO] = {}
-
-    def write(self, rank: int, piece: bytes) -> None:
-        if rank not in self._files:
-            self._files[rank] = (self._folder / f"result-{rank}").open("wb")
-        self._files[rank].write(piece)
-
-    def forget(self, cause: Failure) -> None:
-        for file in self._files.values():
-            file.seek(0)
-            file.truncate()
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
 
 
 class _Slots:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.fingerprint import Fingerprint, differences
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.config import Checkpoint, FitConfig, Recovery
+from allreduce_spark.config import Checkpoint, Recovery
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
-from allreduce_spark.rendezvous.group import Join, shards_of
-from allreduce_spark.training.batches import validation_rows_of
-from allreduce_spark.training.identity import fingerprint_of
 
-if TYPE_CHECKING:
-    import keras
-
-__all__ = ["Safety", "check_resumable", "coordinate", "fingerprint_of_joins", "newest_checkpoint"]
+__all__ = ["Safety", "check_resumable", "check_resume", "coordinate"]
 
 log = logging.getLogger(__name__)
 
@@ -47,21 +40,19 @@ class Safety:
         return self.checkpoint if self.recovery.max_restarts or self.checkpoint.path else None
 
 
-def newest_checkpoint(checkpoint: Checkpoint | None, resume: object) -> Manifest | None:
-    """What the arguments `checkpoint` and `resume` of a fit ask to go on from.
+def check_resume(checkpoint: Checkpoint | None, resume: object) -> bool:
+    """Whether the arguments `checkpoint` and `resume` of a fit ask to go on from what is there.
 
     Raises:
-        ConfigError: The arguments do not fit each other, or the folder cannot be used.
+        ConfigError: They make no sense, or do not fit each other.
     """
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         raise ConfigError(f"checkpoint must be a Checkpoint or None, got {checkpoint!r}.")
     if resume not in ("auto", "never"):
         raise ConfigError(f"resume must be 'auto' or 'never', got {resume!r}.")
-    if resume == "never":
-        return None
-    if checkpoint is None or checkpoint.path is None:
+    if resume == "auto" and (checkpoint is None or checkpoint.path is None):
         raise ConfigError("resume='auto' needs a place to look at: pass checkpoint=Checkpoint(path).")
-    return Store(checkpoint.path).latest()
+    return resume == "auto"
 
 
 @contextlib.contextmanager
@@ -90,27 +81,6 @@ def coordinate(safety: Safety, archive: bytes, timeout_s: float) -> Iterator[Coo
         log.info("going on from checkpoint %s of %s: epoch %d, step %d", resumed.id, path, resumed.epoch, resumed.step)
     with contextlib.closing(coordinator):
         yield coordinator
-
-
-def fingerprint_of_joins(
-    model: keras.Model,
-    config: FitConfig,
-    callbacks: Sequence[keras.callbacks.Callback],
-    joins: Sequence[Join],
-    spec: str | None,
-) -> Fingerprint:
-    """What this fit is a fit of, once all shards are on disk."""
-    shards = shards_of(joins)
-    rows = tuple(shard.rows for shard in shards)
-    held_out = validation_rows_of(rows, config.validation_split)
-    return fingerprint_of(
-        model,
-        config,
-        callbacks,
-        data_schema=spec or "",
-        rows=tuple(all_ - some for all_, some in zip(rows, held_out, strict=True)),
-        validation_rows=sum(held_out) + sum(shard.validation_rows for shard in shards),
-    )
 
 
 def check_resumable(resumed: Manifest, now: Fingerprint, *, of_this_fit: bool) -> None:

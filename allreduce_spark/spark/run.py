@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
 from pyspark.resource import ResourceProfile
 
-from allreduce_spark.checkpoint.coordinator import Coordinator
-from allreduce_spark.config import Checkpoint, Recovery, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
+from allreduce_spark.config import Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
-from allreduce_spark.rendezvous.group import Join
-from allreduce_spark.rendezvous.protocol import Phase
-from allreduce_spark.spark.approval import check_gpus, choose_backend
-from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
-from allreduce_spark.spark.ranks import Work, run_work
-from allreduce_spark.spark.resources import check_resources, register
-from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.spark.engine import engine_for
+from allreduce_spark.spark.resources import check_resources
 from allreduce_spark.training.checks import check_backends
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
@@ -57,7 +49,7 @@ def run(
         resources, ranks_per_gpu: As for `SparkModel`; but where Spark gives a task several GPUs, the function sees them all.
 
     Returns:
-        What the function returned, in the order of the ranks.
+        What the function returned, in the order of the ranks. It comes by cloudpickle: with Spark Connect, trust the cluster.
 
     Raises:
         ConfigError: An argument cannot work, or what a rank returned cannot be sent.
@@ -69,48 +61,8 @@ def run(
     timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
     resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     call = pickle_objects((function, args, kwargs))
-    context = active_context()
-    resources = register(context, resources)
-    wanted = check_cluster(context, None if num_ranks is None else check_num_ranks(num_ranks), timeouts, resources)
-    recovery = Recovery(max_restarts, min_ranks=wanted)
-
-    def approve(joins: Sequence[Join]) -> dict[str, Any]:
-        check_gpus(joins, ranks_per_gpu)
-        return {"backend": choose_backend(backend, joins)}
-
-    with (
-        scratch_folder() as folder,
-        hold_slots(wanted, partial(count_slots, context, resources), kind=resources and resources.id),
-        contextlib.closing(Coordinator(Checkpoint())) as coordinator,
-    ):
-        run_work(
-            Work(
-                context=context,
-                shards=context.parallelize([], wanted),
-                num_shards=wanted,
-                files=FunctionJob(call, timeouts).files(),
-                timeouts=timeouts,
-                backend=backend,
-                store=None,
-                approve=approve,
-                coordinator=coordinator,
-                recovery=recovery,
-                spectator=_Nobody(),
-                results=folder,
-                resources=resources,
-            )
-        )
+    engine = engine_for(resources=resources)
+    wanted = engine.check_slots(None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
+    with scratch_folder() as folder:
+        engine.run(FunctionJob(call, timeouts), wanted, backend, max_restarts, folder, ranks_per_gpu)
         return [cloudpickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(wanted)]
-
-
-class _Nobody:
-    """Looks at nothing: what there is to see is the function's own affair."""
-
-    def show_phase(self, phase: Phase) -> None:
-        pass
-
-    def report(self, fields: dict[str, Any]) -> None:
-        pass
-
-    def draw(self) -> None:
-        pass

@@ -32,7 +32,9 @@ __all__ = [
     "Columns",
     "FormedTable",
     "blocks_of",
+    "blocks_of_table",
     "check_is_frame",
+    "check_is_rows",
     "column_of",
     "columns_of",
     "map_batches",
@@ -157,9 +159,18 @@ def _pairs(data: Any, role: str, columns: Columns, num_shards: int) -> list[tupl
     if isinstance(data, DataFrame):
         data = FormedTable(data, columns.form)
     if isinstance(data, FormedTable):
-        return _pairs_of_table(data, role, num_shards)
+        return blocks_of_table(data, role, num_shards).rdd.map(_pair)
+    return list(arrays_to_blocks(*check_is_rows(data), role=role, num_shards=num_shards))
+
+
+def check_is_rows(data: Any) -> Sequence[Any]:
+    """Return arrays (x[, y[, sample_weight]]), or say what may be given instead of what was.
+
+    Raises:
+        DataError: It is something else.
+    """
     if isinstance(data, (tuple, list)) and len(data) in (1, 2, 3):
-        return list(arrays_to_blocks(*data, role=role, num_shards=num_shards))
+        return data
     raise DataError(
         f"the data is of type {_type_name(data)}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs for "
         f"single rows, or a Spark DataFrame. {_way_to_spark(data)}"
@@ -198,10 +209,15 @@ def _blocks_of_rows(partition: int, rows: Iterable[Any], *, role: str, num_shard
     return rows_to_blocks(rows, partition=partition, role=role, num_shards=num_shards)
 
 
-def _pairs_of_table(table: FormedTable, role: str, num_shards: int) -> RDD[tuple[int, bytes]]:
+def blocks_of_table(table: FormedTable, role: str, num_shards: int) -> DataFrame:
+    """(shard int, block binary), every partition by itself, dealt out as `data.blocks.BlockDealer` says.
+
+    Raises:
+        DataError: A column is missing, or of a type that cannot be made into what is asked for.
+    """
     selected = select_columns(table.frame, table.form)
     task = partial(_blocks_of_batches, form=table.form, role=role, num_shards=num_shards)
-    return map_batches(selected, task, "shard int, block binary").rdd.map(_pair)
+    return map_batches(selected, task, "shard int, block binary")
 
 
 def select_columns(frame: DataFrame, form: TableForm) -> DataFrame:

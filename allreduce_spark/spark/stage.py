@@ -32,7 +32,10 @@ __all__ = [
     "assigned_gpus",
     "error_of",
     "error_of_job",
+    "failure_of_job",
+    "host_of",
     "missing_module",
+    "place_of",
     "run_stage",
 ]
 
@@ -93,7 +96,7 @@ def run_stage(
         while not rendezvous.wait(POLL_S):
             on_wait()
             if job.ended:
-                rendezvous.fail(_failure_of_job(job.error))
+                rendezvous.fail(failure_of_job(job.error))
             elif others := queue.others():
                 if time.monotonic() > give_up_at and rendezvous.wait_for_departure(0):  # no agent is there either
                     rendezvous.fail(_failure_of_queue(others, task.timeouts))
@@ -113,19 +116,13 @@ def run_stage(
 def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[Any]:
     """The body of a barrier task."""
     context = BarrierTaskContext.get()
-    rank = context.partitionId()
-    hosts = [info.address.rpartition(":")[0] for info in context.getTaskInfos()]
     agent = AgentTask(
-        rank=rank,
+        **place_of(context),
         num_ranks=task.num_ranks,
-        shards=tuple(range(rank, task.num_shards, task.num_ranks)),
+        shards=tuple(range(context.partitionId(), task.num_shards, task.num_ranks)),
         address=task.address,
         key=task.key,
         timeouts=task.timeouts,
-        local_rank=hosts[:rank].count(hosts[rank]),
-        local_size=hosts.count(hosts[rank]),
-        task_cpus=context.cpus(),
-        gpus=assigned_gpus(context),
         files=task.files,
         store=task.store,
         backend=task.backend,
@@ -133,6 +130,24 @@ def _be_agent(task: StageTask, blocks: Iterable[tuple[int, bytes]]) -> Iterator[
     )
     run_agent(agent, iter(blocks))
     return iter(())
+
+
+def place_of(context: BarrierTaskContext) -> dict[str, Any]:
+    """What Spark knows of a barrier task that its agent has to know; see `AgentTask`."""
+    rank = context.partitionId()
+    hosts = [host_of(info.address) for info in context.getTaskInfos()]
+    return {
+        "rank": rank,
+        "local_rank": hosts[:rank].count(hosts[rank]),
+        "local_size": hosts.count(hosts[rank]),
+        "task_cpus": context.cpus(),
+        "gpus": assigned_gpus(context),
+    }
+
+
+def host_of(address: str) -> str:
+    """The host of an executor's `host:port`."""
+    return address.rpartition(":")[0]
 
 
 def assigned_gpus(context: TaskContext) -> tuple[str, ...] | None:
@@ -157,7 +172,7 @@ class _Job:
         self._context.addJobTag(self._tag)
         try:
             self._stage.collect()
-        except Exception as error:  # noqa: BLE001 - whatever Spark raises; `_failure_of_job` reads it
+        except Exception as error:  # noqa: BLE001 - whatever Spark raises; `failure_of_job` reads it
             self.error = error
 
     @property
@@ -208,14 +223,14 @@ class _Queue:
         return max((stage for job in jobs if job.isDefined() for stage in job.get().stageIds()), default=None)
 
 
-def _failure_of_job(error: Exception | None) -> Failure:
+def failure_of_job(error: Exception | None) -> Failure:
     """What it means that the Spark job ended before the rendezvous knew the outcome."""
     if error is None:
         return Failure(
             "StageEnded", "the barrier stage ended, but not all ranks have reported that they are done", stage_lost=True
         )
     text = _without_java_frames(str(error))
-    cancelled = re.search(r"Job \d+ cancelled.*", text)
+    cancelled = re.search(r"Job \d+ cancelled.*|\[OPERATION_CANCELED\].*", text)
     if cancelled:
         return Failure("CancelledError", f"the Spark job of the fit was cancelled: {cancelled[0]}")
     missing = missing_module(error)
@@ -241,7 +256,7 @@ def _failure_of_queue(others: dict[int, str], timeouts: Timeouts) -> Failure:
 
 def error_of_job(error: Exception) -> AllReduceSparkError:
     """What the error of a Spark job means where the job had no ranks: it was cancelled, say, or code of the user raised."""
-    return error_of(_failure_of_job(error))
+    return error_of(failure_of_job(error))
 
 
 def missing_module(error: Exception) -> str | None:

@@ -21,9 +21,9 @@ def fingerprint_of(
     config: FitConfig,
     callbacks: Sequence[keras.callbacks.Callback],
     *,
-    data_schema: str,
-    rows: tuple[int, ...],
-    validation_rows: int,
+    data_schema: str = "",
+    rows: tuple[int, ...] = (),
+    validation_rows: int = 0,
 ) -> Fingerprint:
     """The fingerprint of a fit.
 
@@ -33,7 +33,7 @@ def fingerprint_of(
         model: Compiled; it need not be built.
         config: The settings of the fit.
         callbacks: The user's.
-        data_schema: What a row looks like, as JSON.
+        data_schema: What a row looks like, as JSON; "" while that is not known.
         rows: Training rows per shard.
         validation_rows: Rows to validate on, of all shards.
     """

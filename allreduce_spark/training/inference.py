@@ -80,7 +80,10 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, An
     A metric that gives one number per class, such as F1Score, is an array.
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(parts[0].example)
+    # A function of its own: one that Keras has traced for labels of two shapes, (rows,) and (rows, 1), takes neither any more.
+    before, model.test_function = model.test_function, None
     model.evaluate(x, y, sample_weight=sample_weight, verbose=0)  # builds the metrics
+    model.test_function = before
     variables = metric_variables(model)
     combined = combine_states(variables, parts[0].initial, [part.state for part in parts])
     for variable, value in zip(variables, combined, strict=True):

@@ -15,9 +15,9 @@ import keras
 
 from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.models.model_bytes import custom_objects_of, model_to_bytes
+from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 
-__all__ = ["Job", "check_arrival", "make_job", "pickle_objects", "seed_variables"]
+__all__ = ["Job", "check_arrival", "load_job", "make_job", "pickle_objects", "seed_variables"]
 
 _MODEL, _OBJECTS, _SETTINGS = "model.keras", "objects", "settings.json"
 
@@ -94,6 +94,16 @@ def make_job(
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations = int(model.optimizer.iterations.numpy())
     return Job(model_to_bytes(model), objects, config, timeouts, seeds, trainable, iterations, checkpoint)
+
+
+def load_job(job: Job) -> tuple[keras.Model, list[keras.callbacks.Callback]]:
+    """The model, compiled, and the callbacks, from where the job was read.
+
+    Raises:
+        ConfigError: Keras cannot load the model here.
+    """
+    custom_objects, callbacks = cloudpickle.loads(job.objects)
+    return load_model(job.model_path, custom_objects), callbacks
 
 
 def check_arrival(model: keras.Model, job: Job) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import keras
 import numpy as np
 
@@ -29,12 +28,11 @@ from allreduce_spark.training.batches import data_sets
 from allreduce_spark.training.callbacks import First, Last, callbacks_of_rank
 from allreduce_spark.training.cores import use_cores
 from allreduce_spark.training.function import FunctionJob, run_function
-from allreduce_spark.training.job import Job, check_arrival
+from allreduce_spark.training.job import Job, check_arrival, load_job
 from allreduce_spark.training.local_steps import LocalSteps
 from allreduce_spark.training.loop import Loop, continue_logs
 from allreduce_spark.training.losses import globalize_losses
 from allreduce_spark.training.memory import CallbackMemory
-from allreduce_spark.training.models.model_bytes import load_model
 from allreduce_spark.training.optimizer import StepRows, distribute_steps
 from allreduce_spark.training.result import build_like, write_result
 from allreduce_spark.training.resume import Resume, read_saved_state
@@ -85,10 +83,9 @@ def run_rank(channel: Channel, folder: Path, threads: int) -> None:
     status = StatusPage(folder / "status")
     job = Job.read(folder)
     use_cores(threads)
-    custom_objects, callbacks = cloudpickle.loads(job.objects)
     # Loading needs nobody else, so it is done while the shards are still on their way to disk.
     _seed(job.config.seed, int(os.environ["PMI_RANK"]))
-    model = load_model(job.model_path, custom_objects)
+    model, callbacks = load_job(job)
     check_arrival(model, job)
 
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)

@@ -525,6 +525,23 @@ def test_an_agent_that_still_reads_rows_during_a_restart_has_the_time_that_readi
     assert zero.hear().kind == one.hear().kind == "member"
 
 
+def test_ranks_wait_for_a_driver_that_is_not_ready_and_only_the_last_generation_starts(meet):
+    ready = threading.Event()
+    meeting = meet(1, restarts=Restarts(1), is_ready=ready.is_set)
+    agent = meeting.agent(0)
+    agent.join()
+    agent.say("failed", error="RankDied", cause="killed by SIGKILL", generation=0)
+    assert agent.hear().kind == "restart"
+    agent.say("join", host_key="a", shards=[{"shard": 0, "rows": 10}], saved=[], generation=1)
+    with pytest.raises(RendezvousError, match="nothing was received"):
+        agent.hear(timeout_s=0.3)
+    ready.set()
+    message = agent.hear()
+    assert (message.kind, message.fields["membership"]["generation"]) == ("member", 1)
+    with pytest.raises(RendezvousError, match="nothing was received"):
+        agent.hear(timeout_s=0.3)
+
+
 def test_ranks_that_end_because_more_of_them_can_go_on_say_so(meet):
     meeting = meet(1)
     (agent,) = meeting.gather()

@@ -227,9 +227,9 @@ def fit(
 def main() -> None:
     """Fit in a driver of its own, which may be killed and started again.
 
-    The argument is JSON: `master`; `store`; `folder`, for marks and the outcome; `fault`, which comes in the midst of the third
-    epoch: "driver", "executor", "machine" (its name is then in the file `machine`; whoever reads it is to kill it) or null;
-    `dropout` and `pause_s`.
+    The argument is JSON: `master`, or `remote` for a Connect server; `store`; `folder`, for marks and the outcome; `fault`,
+    which comes in the midst of the third epoch: "driver", "executor", "machine" (its name is then in the file `machine`; who
+    reads it is to kill it) or null; `dropout` and `pause_s`.
     """
     from pyspark.sql import SparkSession
 
@@ -242,8 +242,11 @@ def main() -> None:
         "machine": partial(wait_for_the_end_of_the_machine, folder),
     }
     faults = [Fault("train_batch_end", 1, deeds[wish["fault"]], 2, 2)] if wish.get("fault") else []
-    session = SparkSession.builder.master(wish["master"]).config("spark.ui.enabled", "false").getOrCreate()
-    session.sparkContext.setLogLevel("ERROR")
+    if "remote" in wish:
+        SparkSession.builder.remote(wish["remote"]).getOrCreate()
+    else:
+        session = SparkSession.builder.master(wish["master"]).config("spark.ui.enabled", "false").getOrCreate()
+        session.sparkContext.setLogLevel("ERROR")
     outcome = fit(
         *faults,
         folder=folder,

@@ -119,7 +119,7 @@ def test_a_task_of_predict_shows_cuda_its_own_gpu_and_leaves_the_worker_as_it_wa
     monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: None)
     for partition, resources in ((5, {}), (5, {"gpu": SimpleNamespace(addresses=["3"])})):
         task = SimpleNamespace(cpus=lambda: 2, partitionId=partial(int, partition), resources=lambda r=resources: r)
-        monkeypatch.setattr(inference, "_task", lambda task=task: task)
+        monkeypatch.setattr(inference, "task_context", lambda task=task: task)
         inference._prepare_keras({"KERAS_BACKEND": "tensorflow"})
     assert seen == [(2, "1"), (2, "3")]
     assert "CUDA_VISIBLE_DEVICES" not in os.environ

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyspark import Broadcast, SparkContext
 from pyspark.ml import Model
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import DataFrame
@@ -16,7 +15,7 @@ from pyspark.sql.types import ArrayType, DataType, DoubleType, StructField, Stru
 
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import ConfigError, DataError
-from allreduce_spark.spark.cluster import active_context
+from allreduce_spark.spark.engine import Engine, engine_for
 from allreduce_spark.spark.inference import KerasTask, NewColumn, Transform, add_columns
 from allreduce_spark.spark.ml.params import ColumnParams, accessors
 from allreduce_spark.spark.ml.persistence import Persistent, plain_history
@@ -82,7 +81,7 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
         select_columns(dataset, form)
         columns = self._new_columns(model, heads)
         _check_new_columns(dataset.columns, [column.name for column, _ in columns])
-        token, broadcast = self._sent.model(active_context(), model)
+        token, packed = self._sent.model(engine_for(dataset), model)
         transform = Transform(
             token,
             form,
@@ -92,7 +91,7 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
             self.getOrDefault(self.predictionBatchSize),
         )
         schema = StructType([*dataset.schema.fields, *(StructField(column.name, kind) for column, kind in columns)])
-        return map_batches(dataset, KerasTask(partial(add_columns, transform, broadcast)), schema)
+        return map_batches(dataset, KerasTask(partial(add_columns, transform, packed)), schema)
 
     def _built_model(self) -> keras.Model:
         if self.model is None or not self.model.built:
@@ -139,26 +138,26 @@ class AllReduceTransformer(Model, ColumnParams, Persistent):
 
 
 class _Sent:
-    """The model as it was last broadcast; shared by the copies of a transformer, which Spark makes freely."""
+    """The model as it was last sent to the executors; shared by the copies of a transformer, which Spark makes freely."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._key: tuple[Any, ...] | None = None
         self._token = ""
-        self._broadcast: Broadcast[PackedModel] | None = None
+        self._packed: Callable[[], PackedModel] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Sent, ()  # a deep copy of a transformer, or a pickled one, sends its model anew
 
-    def model(self, context: SparkContext, model: keras.Model) -> tuple[str, Broadcast[PackedModel]]:
-        """(token, broadcast); sent again only where the weights, or the Spark application, are no longer the same."""
+    def model(self, engine: Engine, model: keras.Model) -> tuple[str, Callable[[], PackedModel]]:
+        """(token, what gets it in a task); sent again only where weights or Spark application are no longer the same."""
         with self._lock:
-            key = (context.applicationId, id(model), state_of(model))
-            if self._broadcast is None or key != self._key:
+            key = (engine.application, id(model), state_of(model))
+            if self._packed is None or key != self._key:
                 # The old one is left to Spark's cleaner: a DataFrame that was made with it may still be used.
                 self._key, self._token = key, secrets.token_hex(16)
-                self._broadcast = context.broadcast(pack(model))
-            return self._token, self._broadcast
+                self._packed = engine.send_model(pack(model))
+            return self._token, self._packed
 
 
 def _column(name: str, source: str, head: int, kind: str, axes: int) -> tuple[NewColumn, DataType]:

@@ -37,7 +37,7 @@ from pyspark.sql.types import (
 )
 
 from allreduce_spark.errors import AllReduceSparkError
-from allreduce_spark.spark.inference import _value_of
+from allreduce_spark.spark.inference import value_of
 from allreduce_spark.spark.ml.transformer import AllReduceTransformer
 
 pytestmark = pytest.mark.spark
@@ -303,7 +303,7 @@ def test_the_models_own_code_reaches_the_executors_and_changed_weights_are_seen(
 
 def test_a_model_that_came_encrypted_can_be_asked_for_again() -> None:
     broadcast: Any = Broadcast(sock_file=io.BytesIO(pickle.dumps("model")))  # so under spark.io.encryption.enabled
-    assert [_value_of(broadcast), _value_of(broadcast)] == ["model", "model"]
+    assert [value_of(broadcast), value_of(broadcast)] == ["model", "model"]
 
 
 @pytest.fixture

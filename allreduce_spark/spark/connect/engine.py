@@ -1,0 +1,176 @@
+"""The engine for a Spark Connect session: the same stages, each led by a process beside its rank 0 and not by this one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import DataFrame, SparkSession
+
+from allreduce_spark.checkpoint.manifest import Manifest
+from allreduce_spark.checkpoint.store import Store
+from allreduce_spark.config import MAX_RANKS, Checkpoint, Timeouts
+from allreduce_spark.errors import ConfigError
+from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.rendezvous.protocol import Phase
+from allreduce_spark.rendezvous.recovery import Restarts
+from allreduce_spark.spark.connect.driver import Order
+from allreduce_spark.spark.connect.inference import evaluate_rows_of, predict_rows_of, read_model, send_model
+from allreduce_spark.spark.connect.session import ask_executor, check_slots, count_slots, wait_for_slots
+from allreduce_spark.spark.connect.shards import shards_of
+from allreduce_spark.spark.connect.stage import run_stage
+from allreduce_spark.spark.connect.transfer import send_files
+from allreduce_spark.spark.engine import Fit
+from allreduce_spark.spark.progress import Nobody
+from allreduce_spark.spark.shards import Columns
+from allreduce_spark.spark.slots import hold_slots
+from allreduce_spark.spark.stage import error_of
+from allreduce_spark.training.backends import environment
+from allreduce_spark.training.checks import warn_if_diverged
+from allreduce_spark.training.identity import fingerprint_of
+from allreduce_spark.training.job import make_job
+from allreduce_spark.training.result import take_over
+
+if TYPE_CHECKING:
+    import keras
+
+    from allreduce_spark.spark.ranks import Spectator
+    from allreduce_spark.training.function import FunctionJob
+    from allreduce_spark.training.inference import PartitionMetrics
+    from allreduce_spark.training.scoring import PackedModel
+
+__all__ = ["ConnectEngine"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConnectEngine:
+    """See `Engine`."""
+
+    session: SparkSession
+
+    @classmethod
+    def of(cls, session: SparkSession | None) -> ConnectEngine:
+        """The engine for a session, or for the active one where there is no other.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        if session is None:
+            raise ConfigError(
+                "there is no active Spark Connect session: make one first, with SparkSession.builder.remote(url).getOrCreate()"
+            )
+        return cls(session)
+
+    @property
+    def application(self) -> str:
+        return str(self.session.session_id)  # type: ignore[attr-defined]  # of Connect
+
+    def newest_checkpoint(self, checkpoint: Checkpoint) -> Manifest | None:
+        found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path))
+        return None if found is None else Manifest.from_json(found)
+
+    def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
+        return check_slots(self.session, num_ranks, timeouts)
+
+    def fit(self, fit: Fit, display: Spectator) -> keras.callbacks.History:
+        job = make_job(fit.model, fit.custom_objects, fit.callbacks, fit.config, fit.timeouts, fit.safety.saves)
+        resumed = fit.safety.resumed
+        order = Order(
+            num_ranks=fit.num_ranks,
+            num_shards=fit.num_ranks,
+            timeouts=fit.timeouts,
+            backend=fit.backend,
+            max_restarts=fit.safety.recovery.max_restarts,
+            checkpoint=_with_absolute_path(fit.safety.checkpoint),
+            resumed=None if resumed is None else resumed.to_json(),
+            fingerprint=fingerprint_of(fit.model, fit.config, fit.callbacks).to_json(),
+            with_validation_data=fit.validation_data is not None,
+            ranks_per_gpu=fit.ranks_per_gpu,
+            keras_environment=environment(),
+        )
+        shards = shards_of(self.session, fit.data, fit.validation_data, fit.columns, fit.num_ranks)
+        with scratch_folder() as folder, hold_slots(fit.num_ranks, self._slots):
+            sent = send_files(self.session, job.files())
+            self._run_stages(shards, order, sent, folder, fit.safety.recovery.min_ranks, display)
+            history = take_over(fit.model, folder / "result-0")
+        warn_if_diverged(fit.model)
+        return history
+
+    def run(
+        self, job: FunctionJob, num_ranks: int, backend: str, max_restarts: int, folder: Path, ranks_per_gpu: int
+    ) -> None:
+        order = Order(
+            num_ranks=num_ranks,
+            num_shards=num_ranks,
+            timeouts=job.timeouts,
+            backend=backend,
+            max_restarts=max_restarts,
+            checkpoint=Checkpoint(),
+            ranks_per_gpu=ranks_per_gpu,
+            keras_environment=environment(),
+        )
+        with hold_slots(num_ranks, self._slots):
+            sent = send_files(self.session, job.files())
+            self._run_stages(None, order, sent, folder, num_ranks, Nobody())
+
+    def send_model(self, packed: PackedModel) -> Callable[[], PackedModel]:
+        return partial(read_model, send_model(self.session, packed))
+
+    def predict(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[Any]:
+        return predict_rows_of(self.session, packed, batch_size, data, columns)
+
+    def evaluate(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[PartitionMetrics]:
+        return evaluate_rows_of(self.session, packed, batch_size, data, columns)
+
+    def _slots(self) -> int:
+        slots = count_slots(self.session)
+        return MAX_RANKS if slots is None else slots
+
+    def _run_stages(
+        self, shards: DataFrame | None, order: Order, sent: str, folder: Path, least: int | None, display: Spectator
+    ) -> None:
+        """Barrier stages, one after another, until there is a result. One does, unless machines are lost."""
+        restarts = Restarts(order.max_restarts)
+        if least is not None:
+            order = replace(order, num_ranks=wait_for_slots(self.session, order.num_shards, least, order.timeouts))
+        while True:
+            display.show_phase(Phase.START)
+            outcome = run_stage(self.session, shards, order, sent, folder, display.draw)
+            failure = outcome.failure
+            if failure is None:
+                return
+            if not outcome.stage_is_lost:
+                raise error_of(failure)
+            newest = None if order.checkpoint.path is None else self.newest_checkpoint(order.checkpoint)
+            reached = (-1, -1) if newest is None else (newest.epoch, newest.step)
+            refusal = restarts.refusal([failure], max(outcome.place, reached))
+            if refusal is not None:
+                raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
+            num_ranks = wait_for_slots(self.session, order.num_shards, least or 1, order.timeouts)
+            began_with = order.resumed and order.resumed["id"]
+            order = replace(
+                order,
+                num_ranks=num_ranks,
+                resumed=None if newest is None else newest.to_json(),
+                of_this_fit=order.of_this_fit or (newest is not None and newest.id != began_with),
+            )
+            log.warning(
+                "another barrier stage goes on from %s with %d of %d ranks: %s",
+                "the beginning" if newest is None else f"epoch {newest.epoch}, step {newest.step}",
+                num_ranks, order.num_shards, failure.text,
+            )  # fmt: skip
+
+
+def _newest(path: str) -> dict[str, Any] | None:
+    newest = Store(path).latest()
+    return None if newest is None else newest.to_json()
+
+
+def _with_absolute_path(checkpoint: Checkpoint) -> Checkpoint:
+    return checkpoint if checkpoint.path is None else replace(checkpoint, path=Store(checkpoint.path).path)
