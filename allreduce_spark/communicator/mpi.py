@@ -64,13 +64,13 @@ logger = logging.getLogger(__name__)
 
 _PATIENT_AFTER_S: Final = 0.005  # A wait this long is no part of a fast collective: somebody is late.
 # Within a host MPICH reduces 100 MB three times as fast in pieces that stay in the caches: 10 ms instead of 34 with two ranks.
-# Between hosts each piece costs the delays of several messages: four on a busy machine reduced 10 MB in 0.66 s at once, where the
-# network takes 0.60, and in 0.76 to 0.93 by pieces of 1 MB. A limit keeps down the memory, of which MPICH takes as much again.
+# Between hosts each piece costs the delays of several messages: four on a busy machine reduced 10 MB in 0.66 s at once, where
+# the network takes 0.60, and in 0.76 to 0.93 by pieces of 1 MB. A limit keeps down the memory: MPICH takes as much again.
 _LOCAL_PIECE_BYTES: Final = 1 << 20
 _REMOTE_PIECE_BYTES: Final = 1 << 24
 _LONGEST_SLEEP_S: Final = 0.001
-# Whoever yields to other work on the machine may get the core back after milliseconds only: in the case above 4 KB took 8 ms and
-# 1 MB took 9 with a yield after each poll, and 100 MB between 2 ranks 890 ms instead of 230.
+# Whoever yields to other work on the machine may get the core back after milliseconds only: in the case above 4 KB took 8 ms
+# and 1 MB took 9 with a yield after each poll, and 100 MB between 2 ranks 890 ms instead of 230.
 _POLLS_PER_YIELD: Final = 100
 _ABORT_TAG: Final = 1
 _ABORT_NOTE_BYTES: Final = 512  # Small messages leave at once, without waiting for the receiver.
