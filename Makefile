@@ -22,7 +22,7 @@ help:
 	@echo "make support      run what trains on ranks everywhere that this machine can, and write the README's table of it"
 	@echo "make lint         ruff, mypy, the import rule, the Dockerfiles"
 	@echo "make horovod      build Horovod (minutes, once; the wheel is kept), so that its tests are not skipped"
-	@echo "make bench        measure step time, start-up, memory and inference (minutes; on a quiet machine)"
+	@echo "make bench        measure all-reduce, step time, start-up, memory, inference (minutes; quiet machine; root for the network)"
 	@echo "make fuzz         a million random and mutated frames against the control channel (minutes; FRAMES=... SEED=...)"
 	@echo "make chaos        disturb fits by more than thirty faults, three times each (an hour; as root, all of them)"
 	@echo "make clean        remove caches and build products; 'make distclean' removes .venv as well"

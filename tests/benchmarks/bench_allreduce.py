@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from hosts import Network, limit_rate, running_hosts, why_no_hosts
 SIDES = {"mpi": "MPI", "horovod": "Horovod (Gloo)", "horovod-mpi": "Horovod (MPI)", "tensorflow": "TensorFlow"}
 PORT = 27180  # of TensorFlow's servers, which must know each other's before they start
 BURST_KB = 64
+HOSTS = 4
 
-Seconds = dict[str, dict[str, list[float]]]  # by size and side, of each round
+Seconds = dict[str, list[float]]  # by side, of each round
 Summing = Callable[[np.ndarray], Callable[[], np.ndarray]]  # what all-reduces a buffer, made once for many times
 
 
@@ -81,32 +82,37 @@ def main() -> None:
         return
     sides = [side for side in arguments.sides if not side.startswith("horovod") or installed()]
     if arguments.only != "network":
-        print("\n2 ranks on this machine")
+        print("\n2 ranks on this machine", flush=True)
         servers = [f"127.0.0.1:{PORT + rank}" for rank in range(2)]
-        show(measure(sides, arguments.sizes, [Place()] * 2, servers), 2, None)
+        for name, seconds in measure(sides, arguments.sizes, [Place()] * 2, servers):
+            show(name, seconds, None)
     if arguments.only != "local":
         if reason := why_no_hosts():
             print(f"\nNo network: {reason}")
             return
-        print(f"\n4 ranks on 4 hosts with links of {arguments.mbit:g} Mbit/s")
-        show(measure_on_network(sides, arguments.sizes, arguments.mbit), 4, arguments.mbit)
+        print(f"\n{HOSTS} ranks on {HOSTS} hosts with links of {arguments.mbit:g} Mbit/s", flush=True)
+        for name, seconds in measure_on_network(sides, arguments.sizes, arguments.mbit):
+            bits = 32 * SIZES[name].elements
+            show(name, seconds, 2 * (HOSTS - 1) / HOSTS * bits / (arguments.mbit * 1e6))
 
 
 # In the benchmark's own process.
 
 
-def measure_on_network(sides: Sequence[str], sizes: Sequence[str], mbit: float) -> Seconds:
+def measure_on_network(sides: Sequence[str], sizes: Sequence[str], mbit: float) -> Iterator[tuple[str, Seconds]]:
     with tempfile.TemporaryDirectory(prefix="allreduce_spark-benchmark-") as folder:
-        names = [f"host{number}" for number in range(4)]
+        names = [f"host{number}" for number in range(HOSTS)]
         with running_hosts(Path(folder), names, [Network("eth0", "10.213.97.")]) as hosts:
             for host in hosts:
                 limit_rate(host, "eth0", mbit, burst_kb=BURST_KB)
             places = [Place(node, "eth0", host.enter) for node, host in enumerate(hosts)]
-            return measure(sides, sizes, places, [f"{host.addresses['eth0']}:{PORT}" for host in hosts])
+            yield from measure(sides, sizes, places, [f"{host.addresses['eth0']}:{PORT}" for host in hosts])
 
 
-def measure(sides: Sequence[str], sizes: Sequence[str], places: Sequence[Place], servers: Sequence[str]) -> Seconds:
-    """Run all rounds, with a group of ranks for each side."""
+def measure(
+    sides: Sequence[str], sizes: Sequence[str], places: Sequence[Place], servers: Sequence[str]
+) -> Iterator[tuple[str, Seconds]]:
+    """Run all rounds of one size after the other, with a group of ranks for each side."""
     with contextlib.ExitStack() as stack:
         groups = {}
         for side in sides:
@@ -114,18 +120,19 @@ def measure(sides: Sequence[str], sizes: Sequence[str], places: Sequence[Place],
             groups[side] = stack.enter_context(talking_ranks(__file__, places, arguments))
             ask_ranks(groups[side], None)  # They are there, all of them.
             let_horovod(signal.SIGSTOP, side, groups[side])
-        return {name: {side: rounds[1:] for side, rounds in take_turns(groups, SIZES[name]).items()} for name in sizes}
+        for name in sizes:
+            yield name, take_turns(groups, SIZES[name])
 
 
-def take_turns(groups: dict[str, list[subprocess.Popen[bytes]]], size: Size) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {side: [] for side in groups}
+def take_turns(groups: dict[str, list[subprocess.Popen[bytes]]], size: Size) -> Seconds:
+    seconds: Seconds = {side: [] for side in groups}
     for number in range(size.rounds):
         for side, ranks in groups.items():
             let_horovod(signal.SIGCONT, side, ranks)
             wish = {"elements": size.elements, "times": size.times, "check": number == 0}
             seconds[side].append(max(ask_ranks(ranks, wish)))
             let_horovod(signal.SIGSTOP, side, ranks)
-    return seconds
+    return {side: rounds[1:] for side, rounds in seconds.items()}
 
 
 def let_horovod(signal_number: int, side: str, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -134,20 +141,18 @@ def let_horovod(signal_number: int, side: str, ranks: Sequence[subprocess.Popen[
         process.send_signal(signal_number)
 
 
-def show(seconds: Seconds, num_ranks: int, mbit: float | None) -> None:
+def show(name: str, seconds: Seconds, bound: float | None) -> None:
     """Print the milliseconds of an all-reduce, and how many times those of MPI the other sides took, round by round."""
     rows = []
-    for name, of_sides in seconds.items():
-        bound = None if mbit is None else 2 * (num_ranks - 1) / num_ranks * SIZES[name].elements * 32 / (mbit * 1e6)
-        for side, rounds in of_sides.items():
-            median = statistics.median(rounds)
-            low, _, high = statistics.quantiles(rounds, n=4)
-            ratio = statistics.median(a / b for a, b in zip(rounds, of_sides.get("mpi", rounds), strict=True))
-            of_bound = [] if bound is None else [milliseconds(bound), f"{median / bound:.2f}"]
-            quartiles = f"{milliseconds(low)} - {milliseconds(high)}"
-            rows.append([f"{name:7} {SIDES[side]}", milliseconds(median), quartiles, f"{ratio:.2f}", *of_bound])
-    head = ["size    side", "ms", "quartiles", "times MPI", *([] if mbit is None else ["bound ms", "times bound"])]
-    print_table(head, rows)
+    for side, rounds in seconds.items():
+        median = statistics.median(rounds)
+        low, _, high = statistics.quantiles(rounds, n=4)
+        ratio = statistics.median(a / b for a, b in zip(rounds, seconds.get("mpi", rounds), strict=True))
+        of_bound = [] if bound is None else [milliseconds(bound), f"{median / bound:.2f}"]
+        quartiles = f"{milliseconds(low)} - {milliseconds(high)}"
+        rows.append([SIDES[side], milliseconds(median), quartiles, f"{ratio:.2f}", *of_bound])
+    print()
+    print_table([name, "ms", "quartiles", "times MPI", *([] if bound is None else ["bound ms", "times bound"])], rows)
 
 
 def milliseconds(seconds: float) -> str:

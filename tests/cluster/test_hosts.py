@@ -98,7 +98,8 @@ def fits_on(folder: Path, hosts: tuple[Host, ...], interface: str, cores: list[i
                 start_new_session=True,
             )
         try:
-            process.wait(RUN_S)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # Then there is no outcome, and the output says why.
+                process.wait(RUN_S)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
