@@ -52,7 +52,7 @@ def run_stage(
     # One empty block for each, too: what has no rows at all, Spark optimizes away, ranks and all.
     rows = session.range(0, order.num_ranks, 1, 1).selectExpr("CAST(id AS INT) AS shard", "X'' AS block")
     if shards is not None:
-        rows = rows.union(shards)
+        rows = shards.union(rows)  # in this order: the number of a partition says which shards its rows go to
     stage = rows.repartitionById(order.num_ranks, "shard").mapInArrow(
         partial(be_rank, order, sent), SCHEMA, barrier=True
     )
