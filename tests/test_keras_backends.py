@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-LIMIT_S = 280
+LIMIT_S = 600
 
 # Compiling takes most of the time, and nothing here is computed often.
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
