@@ -1,6 +1,6 @@
 """The README's table of what trains where, from what the tests that are marked `support` have come to. `make support` does it.
 
-python tests/support_table.py REPORT                            REPORT is what pytest --junitxml has written
+python tests/support_table.py REPORT...                         each is what a pytest --junitxml has written
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ PLACES = {
 BEGIN, END = "<!-- what trains where: made by `make support` -->", "<!-- end -->"
 
 
-def cells(report: str) -> dict[tuple[str, str], str]:
+def cells(*reports: str) -> dict[tuple[str, str], str]:
     """(backend, place) -> "passed" if all tests of that cell passed, "FAILED" if one did not; none where none was run."""
     outcomes: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for case in ET.fromstring(report).iter("testcase"):
+    for case in (case for report in reports for case in ET.fromstring(report).iter("testcase")):
         for entry in case.iter("property"):
             if entry.get("name") == "support":
                 backend, place = str(entry.get("value")).split()
@@ -63,4 +63,4 @@ def with_table(text: str, made: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(), table(cells(Path(sys.argv[1]).read_text()))))
+    README.write_text(with_table(README.read_text(), table(cells(*(Path(name).read_text() for name in sys.argv[1:])))))
