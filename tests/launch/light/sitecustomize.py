@@ -169,7 +169,7 @@ def dies_a_little_later(channel, folder, status):
 
 
 def cannot_be_imported(channel, folder, status):
-    raise ModuleNotFoundError("No module named 'tensorflow'")
+    raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
 
 def hangs_at_the_end(channel, folder, status):
