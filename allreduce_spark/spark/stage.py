@@ -146,8 +146,8 @@ def place_of(context: BarrierTaskContext) -> dict[str, Any]:
 
 
 def host_of(address: str) -> str:
-    """The host of an executor's `host:port`."""
-    return address.rpartition(":")[0]
+    """The host of an executor's `host:port`; Spark writes an IPv6 address in brackets, which are no part of it."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def assigned_gpus(context: TaskContext) -> tuple[str, ...] | None:
