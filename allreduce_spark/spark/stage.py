@@ -146,8 +146,8 @@ def place_of(context: BarrierTaskContext) -> dict[str, Any]:
 
 
 def host_of(address: str) -> str:
-    """The host of an executor's `host:port`."""
-    return address.rpartition(":")[0]
+    """The host of an executor's `host:port`; Spark writes an IPv6 address in brackets, which are no part of it."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def assigned_gpus(context: TaskContext) -> tuple[str, ...] | None:
@@ -273,6 +273,7 @@ def missing_module(error: Exception) -> str | None:
 
 def _without_java_frames(text: str) -> str:
     """Spark's message without the Java stack: the Python traceback in it is what a user can read."""
+    text = text.partition("\n\nJVM stacktrace:\n")[0]  # of Spark Connect
     lines = [line for line in text.splitlines() if not re.match(r"\s+at [\w.$/]+\(|\s*\.\.\. \d+ more", line)]
     return "\n".join(lines).strip()
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ class _Operation(threading.Thread):
         said = self._folder / OUTCOME
         if self._error is None and said.exists():
             return Outcome.from_json(said.read_bytes())
-        failure = failure_of_job(self._error)
+        failure = replace(failure_of_job(self._error), phase=None)  # it may have been any
         return Outcome(failure, failure.stage_lost)
 
     def _note(self, stages: Any, inflight_tasks: int, operation_id: Any, done: bool) -> None:
