@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pyspark import RDD, StorageLevel
+from pyspark.resource import ResourceProfile
 
-from allreduce_spark.config import FitConfig, Timeouts, check_backend, check_num_ranks
+from allreduce_spark.config import FitConfig, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.fit import Rows
 from allreduce_spark.spark.progress import verbosity_of
+from allreduce_spark.spark.resources import check_resources, register
 from allreduce_spark.spark.shards import columns_of, shards_of
 from allreduce_spark.spark.stage import error_of_job
 from allreduce_spark.spark.tuning.display import SearchDisplay
@@ -23,6 +25,7 @@ from allreduce_spark.spark.tuning.result import SearchResult
 from allreduce_spark.spark.tuning.study import Direction, Study
 from allreduce_spark.spark.tuning.trial_fits import Callbacks, TrialFits
 from allreduce_spark.spark.tuning.trials import SearchLimits, run_trials
+from allreduce_spark.training.checks import check_backends
 
 if TYPE_CHECKING:
     import keras
@@ -55,6 +58,8 @@ def search(
     ranks_per_trial: int = 1,
     sync_every: int | str = 1,
     backend: str = "mpi",
+    resources: ResourceProfile | None = None,
+    ranks_per_gpu: int = 1,
     max_parallel: int | None = None,
     sampler: str | optuna.samplers.BaseSampler = "tpe",
     pruner: str | optuna.pruners.BasePruner | None = "asha",
@@ -94,7 +99,8 @@ def search(
             need different paths.
         features_col, label_col, weight_col: As for `fit`.
         ranks_per_trial: How many ranks train a model together.
-        sync_every, backend: As for `SparkModel`.
+        sync_every, backend, resources, ranks_per_gpu: As for `SparkModel`. Trials that run at once know nothing of each other's
+            GPUs: where there are some, let Spark assign them.
         max_parallel: How many trials run at once, at most; None for as many as have room.
         sampler: "tpe" to learn from the trials so far, "random", or a sampler of `optuna.samplers`.
         pruner: "asha" for successive halving, None to give up no trial, or a pruner of `optuna.pruners`, which is asked after
@@ -147,10 +153,12 @@ def search(
         seed=seed,
     )
     study = Study(space, direction=towards, sampler=sampler, pruner=pruner, epochs=epochs, seed=seed)
+    timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
+    resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     context = active_context()
-    timeouts, backend = timeouts or Timeouts(), check_backend(backend)
+    resources = register(context, resources)
     try:
-        num_ranks = check_cluster(context, check_num_ranks(ranks_per_trial), timeouts)
+        num_ranks = check_cluster(context, check_num_ranks(ranks_per_trial), timeouts, resources)
     except ConfigError as error:
         raise ConfigError(f"ranks_per_trial: {error}") from error
     shards = shards_of(context, data, validation_data, columns, num_ranks)
@@ -158,7 +166,7 @@ def search(
         contextlib.closing(SearchDisplay(verbosity_of(verbose), max_trials, objective)) as display,
         _read_once(shards),
     ):
-        room = max(1, count_slots(context) // num_ranks)
+        room = max(1, count_slots(context, resources) // num_ranks)
         limits = dataclasses.replace(limits, max_parallel=min(room, max_parallel or room))
         fits = TrialFits(
             context=context,
@@ -170,6 +178,8 @@ def search(
             custom_objects=custom_objects or {},
             timeouts=timeouts,
             backend=backend,
+            resources=resources,
+            ranks_per_gpu=ranks_per_gpu,
         )
         return run_trials(study, fits.begin, limits, objective=objective, direction=towards, display=display)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pyspark import SparkContext
+from pyspark.resource import ResourceProfile
 
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError
@@ -48,6 +49,8 @@ class TrialFits:
     custom_objects: Mapping[str, Any]
     timeouts: Timeouts
     backend: str
+    resources: ResourceProfile | None
+    ranks_per_gpu: int
     built: weakref.WeakSet[keras.Model] = field(default_factory=weakref.WeakSet)
 
     def begin(self, number: int, params: dict[str, Any]) -> Callable[[RunningTrial], Outcome]:
@@ -96,6 +99,8 @@ class TrialFits:
                 spectator=watcher,
                 safety=Safety(),
                 backend=self.backend,
+                resources=self.resources,
+                ranks_per_gpu=self.ranks_per_gpu,
             )
         except (DataError, CancelledError, MissingDependencyError) as error:
             raise EndSearch from error  # it is the same for all

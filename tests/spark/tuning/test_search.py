@@ -340,6 +340,8 @@ def test_cancelling_the_job_group_ends_all_trials(spark, nothing_stays, tmp_path
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"sync_every": 0}, "sync_every must be at least 1"),
         ({"backend": "gloo"}, "backend must be one of"),
+        ({"resources": "gpu"}, "resources must be a pyspark.resource.ResourceProfile"),
+        ({"ranks_per_gpu": 0}, "ranks_per_gpu must be at least 1"),
         ({"objective": "val_happiness"}, "say direction"),
         ({"direction": "up"}, "direction must be"),
         ({"objective": None}, "must be the name of a metric"),
