@@ -101,6 +101,7 @@ def check_cores(count: int | None = None) -> Result:
 def check_gpus(
     environ: Mapping[str, str] = os.environ, devices: Path = Path("/dev"), driver: Path = Path("/proc/driver/nvidia")
 ) -> Result:
+    from allreduce_spark.cli.software import keras_backend
     from allreduce_spark.launch.gpus import machine_gpus, why_tensorflow_has_none
 
     there, seen = machine_gpus({}, devices), machine_gpus(environ, devices)
@@ -115,7 +116,7 @@ def check_gpus(
         return ok(
             f"{len(there)}, hidden by CUDA_VISIBLE_DEVICES={environ['CUDA_VISIBLE_DEVICES']!r}: ranks train on processors"
         )
-    problem = why_tensorflow_has_none(environ)
+    problem = why_tensorflow_has_none(environ) if keras_backend(environ)[0] == "tensorflow" else None
     if problem is not None:
         return warn(
             f"{len(seen)}, but {problem}: ranks train on processors",

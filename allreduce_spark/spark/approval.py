@@ -169,11 +169,11 @@ def choose_backend(wanted: str, joins: Sequence[Join]) -> str:
 
 
 def _ranks_by_gpu(joins: Sequence[Join]) -> dict[tuple[str, str], list[Join]]:
-    """Who uses which GPU: (host key, address) -> the ranks."""
+    """Who uses which GPU: (host, name) -> the ranks. GPUs with names of their own are the same also in another container."""
     users = defaultdict(list)
     for join in joins:
         for gpu in join.gpus:
-            users[join.host_key, gpu].append(join)
+            users["" if gpu.startswith(("GPU-", "MIG-")) else join.host_key, gpu].append(join)
     return users
 
 

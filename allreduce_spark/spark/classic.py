@@ -54,7 +54,7 @@ class ClassicEngine:
     def application(self) -> str:
         return str(self.context.applicationId)
 
-    def newest_checkpoint(self, checkpoint: Checkpoint) -> Manifest | None:
+    def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
         return Store(str(checkpoint.path)).latest()
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:

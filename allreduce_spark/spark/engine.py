@@ -65,7 +65,7 @@ class Engine(Protocol):
     def application(self) -> str:
         """What tells it from other applications, and sessions, that a model may have been sent to."""
 
-    def newest_checkpoint(self, checkpoint: Checkpoint) -> Manifest | None:
+    def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
         """The last complete one in its store, which is looked at from where the fit's driver will be."""
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:

@@ -6,7 +6,6 @@ And one function, the way of `run`.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from allreduce_spark.spark.progress import Nobody
 from allreduce_spark.spark.ranks import Spectator, Work, run_work
 from allreduce_spark.spark.recovery import Safety, coordinate
 from allreduce_spark.spark.slots import hold_slots
-from allreduce_spark.training.backends import ours
 from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.identity import fingerprint_of
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     import keras
 
 __all__ = ["Rows", "run_fit", "run_function_job"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,8 +75,6 @@ def run_fit(
         ConfigError, DataError: Something about the model or the rows cannot work; no rank has started.
         RankFailedError, CancelledError, KeyboardInterrupt: What ended the fit.
     """
-    if model.jit_compile and not ours.COMPILES_CALLS:
-        log.info("the ranks train without jit_compile: compiled code would know no way out to the other ranks")
     job = make_job(model, custom_objects, callbacks, config, timeouts, safety.saves)
     fingerprint = fingerprint_of(model, config, callbacks)
     with (

@@ -195,7 +195,9 @@ class SparkModel:
         )
         with contextlib.closing(Display(verbosity_of(verbose), epochs, self.num_ranks)) as display:
             engine = engine_for(data, validation_data, resources=self.resources)
-            resumed = engine.newest_checkpoint(checkpoint) if checkpoint is not None and asks_to_resume else None
+            resumed = None
+            if checkpoint is not None and asks_to_resume:
+                resumed = engine.newest_checkpoint(checkpoint, self.timeouts)
             if seed is None:
                 seed = random.randrange(2**32) if resumed is None else resumed.fingerprint["seed"]
             display.show_phase(Phase.SLOTS)

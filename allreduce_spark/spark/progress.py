@@ -19,7 +19,7 @@ WAITING_FOR = {
     Phase.START: "waiting for Spark to start their tasks",
     Phase.SPOOL: "writing the rows to local disks",
     Phase.JOIN: "waiting for the rows of all ranks",
-    Phase.IMPORT: "importing TensorFlow, loading the model",
+    Phase.IMPORT: "importing Keras, loading the model",
     Phase.INIT: "connecting to each other",
     Phase.FIRST_STEP: "compiling the first step",
 }

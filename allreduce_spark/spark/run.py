@@ -8,7 +8,7 @@ from typing import Any
 import cloudpickle
 from pyspark.resource import ResourceProfile
 
-from allreduce_spark.config import Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
+from allreduce_spark.config import Recovery, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.spark.engine import engine_for
@@ -60,6 +60,7 @@ def run(
         raise ConfigError(f"run needs a function, got {function!r}.")
     timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
     resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
+    max_restarts = Recovery(max_restarts).max_restarts
     call = pickle_objects((function, args, kwargs))
     engine = engine_for(resources=resources)
     wanted = engine.check_slots(None if num_ranks is None else check_num_ranks(num_ranks), timeouts)

@@ -60,9 +60,12 @@ def _use_with_jax(threads: int) -> None:
     # Steps that were started and still run when the next one comes can block each other where they call numpy code
     # (jax-ml/jax#25861).
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.devices()
 
 
 def _use_with_torch(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.init()

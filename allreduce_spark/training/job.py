@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ import keras
 
 from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.training.backends import ours
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 
 __all__ = ["Job", "check_arrival", "load_job", "make_job", "pickle_objects", "seed_variables"]
+
+log = logging.getLogger(__name__)
 
 _MODEL, _OBJECTS, _SETTINGS = "model.keras", "objects", "settings.json"
 
@@ -89,6 +93,8 @@ def make_job(
     Raises:
         ConfigError: The model, a custom object or a callback cannot be sent to another machine.
     """
+    if model.jit_compile and not ours.COMPILES_CALLS:
+        log.info("the ranks train without jit_compile: compiled code would know no way out to the other ranks")
     seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
     trainable = [bool(weight.trainable) for weight in model.weights]

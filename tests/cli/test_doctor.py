@@ -277,6 +277,7 @@ def test_gpus_are_of_use_where_tensorflow_and_spark_know_of_them(tmp_path, monke
     monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: "TensorFlow is a build without CUDA")
     assert check({}).found == "2, but TensorFlow is a build without CUDA: ranks train on processors"
     assert "tensorflow[and-cuda]" in check({}).advice
+    assert "defaults of Spark" in check({"KERAS_BACKEND": "torch", "SPARK_CONF_DIR": str(tmp_path)}).found
     monkeypatch.setattr(gpus, "why_tensorflow_has_none", lambda environ: None)
     told = check({"CUDA_VISIBLE_DEVICES": "1", "SPARK_CONF_DIR": str(tmp_path)})
     assert (told.status, told.found) == (Status.WARN, "1, of which the defaults of Spark here say nothing")

@@ -34,6 +34,8 @@ def test_ranks_that_would_share_a_gpu_are_refused_unless_they_may():
     ):
         check_gpus(joins, 1)
     check_gpus(joins, 2)
+    with pytest.raises(ConfigError, match="the ranks 0, 1 would share GPU GPU-1"):  # in two containers of one machine
+        check_gpus(joins_of("a:GPU-1", "b:GPU-1"), 1)
     with pytest.raises(ConfigError, match="the ranks 0, 1, 2"):
         check_gpus(joins_of("a:0", "a:0", "a:0"), 2)
 

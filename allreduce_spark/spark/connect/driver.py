@@ -174,7 +174,7 @@ def _prepare(
 def _not_ready(timeouts: Timeouts) -> Failure:
     return Failure(
         "RendezvousTimeoutError",
-        f"the driver's process beside rank 0 has not imported TensorFlow and loaded the model within {timeouts.import_s:g} s. "
+        f"the driver's process beside rank 0 has not imported Keras and loaded the model within {timeouts.import_s:g} s. "
         "Setting: Timeouts.import_s",
         phase=Phase.JOIN.value,
     )

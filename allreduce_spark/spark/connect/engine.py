@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import MAX_RANKS, Checkpoint, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
+from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.spark.connect.driver import Order
@@ -71,8 +73,8 @@ class ConnectEngine:
     def application(self) -> str:
         return str(self.session.session_id)  # type: ignore[attr-defined]  # of Connect
 
-    def newest_checkpoint(self, checkpoint: Checkpoint) -> Manifest | None:
-        found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path))
+    def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
+        found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path), timeouts)
         return None if found is None else Manifest.from_json(found)
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
@@ -139,20 +141,26 @@ class ConnectEngine:
         restarts = Restarts(order.max_restarts)
         if least is not None:
             order = replace(order, num_ranks=wait_for_slots(self.session, order.num_shards, least, order.timeouts))
+        lost: Failure | None = None
         while True:
             display.show_phase(Phase.START)
-            outcome = run_stage(self.session, shards, order, sent, folder, display.draw)
+            with _after(lost):
+                outcome = run_stage(self.session, shards, order, sent, folder, display.draw)
             failure = outcome.failure
             if failure is None:
                 return
             if not outcome.stage_is_lost:
                 raise error_of(failure)
-            newest = None if order.checkpoint.path is None else self.newest_checkpoint(order.checkpoint)
+            lost = failure
+            with _after(lost):
+                keeps = order.checkpoint.path is not None
+                newest = self.newest_checkpoint(order.checkpoint, order.timeouts) if keeps else None
             reached = (-1, -1) if newest is None else (newest.epoch, newest.step)
             refusal = restarts.refusal([failure], max(outcome.place, reached))
             if refusal is not None:
                 raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
-            num_ranks = wait_for_slots(self.session, order.num_shards, least or 1, order.timeouts)
+            with _after(lost):
+                num_ranks = wait_for_slots(self.session, order.num_shards, least or 1, order.timeouts)
             began_with = order.resumed and order.resumed["id"]
             order = replace(
                 order,
@@ -165,6 +173,17 @@ class ConnectEngine:
                 "the beginning" if newest is None else f"epoch {newest.epoch}, step {newest.step}",
                 num_ranks, order.num_shards, failure.text,
             )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _after(lost: Failure | None) -> Iterator[None]:
+    """Let an error about slots that are missing name the failure since which they may be."""
+    try:
+        yield
+    except ConfigError as error:
+        if lost is None:
+            raise
+        raise ConfigError(f"{error}\nBefore, a barrier stage was lost: {lost.text}") from error_of(lost)
 
 
 def _newest(path: str) -> dict[str, Any] | None:

@@ -15,7 +15,9 @@ from pyspark.sql import DataFrame, SparkSession
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ConfigError
 from allreduce_spark.spark.cluster import REGROUP_S
-from allreduce_spark.spark.connect.transfer import SCHEMA, answers_of, error_pieces, pieces_of
+from allreduce_spark.spark.connect.operation import Operation, running
+from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_pieces, pieces_of
+from allreduce_spark.spark.stage import error_of_job
 
 __all__ = ["ask_executor", "check_slots", "count_slots", "setting", "wait_for_slots"]
 
@@ -84,14 +86,28 @@ def setting(session: SparkSession, name: str, default: str) -> str:
     return session.conf.get(name, None) or default  # a default of another type than the setting would be an error
 
 
-def ask_executor(session: SparkSession, question: Callable[[], Any]) -> Any:
+def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: Timeouts) -> Any:
     """What `question`, which travels by cloudpickle, returns on some executor, as JSON values.
 
     Raises:
+        ConfigError: No executor has been free for `slots_s`.
         AllReduceSparkError: That it has raised, or the Spark job failed.
     """
     frame = session.range(0, 1, 1, 1).mapInArrow(partial(_answer, question), SCHEMA)
-    return json.loads(b"".join(piece for _, piece in answers_of(frame)))
+    answers: list[tuple[str, bytes]] = []
+    with running(Operation(session, frame, lambda *row: answers.append(row)), timeouts.teardown_s) as operation:
+        while operation.is_alive():
+            operation.join(POLL_S)
+            if operation.idle_s > timeouts.slots_s:
+                raise ConfigError(
+                    f"no executor of the Spark application has been free for {timeouts.slots_s:g} s, not even to look for "
+                    "checkpoints. Setting: Timeouts.slots_s"
+                )
+    if operation.error is not None:
+        raise error_of_job(operation.error) from operation.error
+    for name, piece in answers:
+        check_answer(name, piece)
+    return json.loads(b"".join(piece for _, piece in answers))
 
 
 def _answer(question: Callable[[], Any], batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -23,7 +23,7 @@ from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.spark.stage import error_of, error_of_job
 
-__all__ = ["SCHEMA", "answers_of", "error_pieces", "pieces_of", "read_files", "rows_of", "send_files"]
+__all__ = ["SCHEMA", "answers_of", "check_answer", "error_pieces", "pieces_of", "read_files", "rows_of", "send_files"]
 
 SCHEMA = "name string, piece binary"
 ERROR = "error"
@@ -78,11 +78,16 @@ def answers_of(frame: DataFrame) -> Iterator[tuple[str, bytes]]:
     """
     try:
         for name, piece in rows_of(frame):
-            if name == ERROR:
-                raise error_of(Failure(**json.loads(piece)))
+            check_answer(name, piece)
             yield name, piece
     except PySparkException as error:
         raise error_of_job(error) from error
+
+
+def check_answer(name: str, piece: bytes) -> None:
+    """Raise the error that a task has answered with, where this is one."""
+    if name == ERROR:
+        raise error_of(Failure(**json.loads(piece)))
 
 
 def rows_of(frame: DataFrame) -> Iterator[tuple[str, bytes]]:

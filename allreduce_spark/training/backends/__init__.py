@@ -86,6 +86,9 @@ def environment() -> dict[str, str]:
     variables = {"KERAS_BACKEND": KERAS_BACKEND}
     if KERAS_BACKEND == "jax":
         variables["JAX_ENABLE_X64"] = str(ours.widest_float() == "float64")
+    if KERAS_BACKEND == "torch":
+        # Keras asks PyTorch for GPUs when it is imported. Asked this way, CUDA is not started, so ranks can be forked.
+        variables["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     return variables
 
 
