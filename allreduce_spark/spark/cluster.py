@@ -29,13 +29,13 @@ def active_context() -> SparkContext:
     Raises:
         ConfigError: There is none.
     """
+    if is_remote():
+        raise ConfigError(
+            "this needs RDDs and a SparkContext, which a Spark Connect session has not. With one, there are fit, predict, "
+            "evaluate and extract_features of SparkModel, the estimator, the transformer, and run."
+        )
     context = SparkContext._active_spark_context
     if context is None:
-        if is_remote():
-            raise ConfigError(
-                "this needs RDDs and a SparkContext, which a Spark Connect session has not. With one, there are fit, predict, "
-                "evaluate and extract_features of SparkModel, the estimator, the transformer, and run."
-            )
         raise ConfigError("there is no active Spark session: make one first, with SparkSession.builder.getOrCreate()")
     _use_this_python(context)
     return context
