@@ -84,6 +84,14 @@ def distribute(
         return apply_locally(reduce(list(grads)), trainable_variables)
 
     optimizer.apply = apply
+    if ours.IS_STATELESS and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # It hands a step of JAX to the optimizer within it, and never calls its own `apply`.
+        stateless = optimizer.stateless_apply
+
+        def stateless_apply(optimizer_variables: Any, grads: Sequence[Any], trainable_variables: Any) -> Any:
+            return stateless(optimizer_variables, reduce(list(grads)), trainable_variables)
+
+        optimizer.stateless_apply = stateless_apply
     return reduce
 
 

@@ -99,7 +99,9 @@ def on_classic(spark: SparkSession) -> tuple[keras.Model, dict[str, list[float]]
 
 
 @pytest.fixture(scope="module")
-def server(own_temporary_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(
+    own_temporary_folder: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[str]:
     """The URL of a Connect server of its own."""
     log = tmp_path_factory.mktemp("connect") / "log"
     settings = {
@@ -112,7 +114,10 @@ def server(own_temporary_folder: str, tmp_path_factory: pytest.TempPathFactory) 
     home = Path(pyspark.__file__).parent
     options = [option for name, value in settings.items() for option in ("--conf", f"{name}={value}")]
     command = [home / "bin" / "spark-submit", "--class", SERVER, "--master", "local[2]", *options]
-    environment = {**os.environ, "SPARK_HOME": str(home), "SPARK_CONNECT_MODE": "0", "PYSPARK_PYTHON": sys.executable}
+    # Workers run in a folder of the session, and must find what other tests have registered with Keras.
+    path = os.pathsep.join(filter(None, [str(pytestconfig.rootpath), os.environ.get("PYTHONPATH")]))
+    own = {"SPARK_HOME": str(home), "SPARK_CONNECT_MODE": "0", "PYSPARK_PYTHON": sys.executable, "PYTHONPATH": path}
+    environment = {**os.environ, **own}
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         try:
             deadline = time.monotonic() + 240

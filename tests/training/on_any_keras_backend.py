@@ -95,6 +95,24 @@ def normalized(policy=None):
     return model
 
 
+def test_an_overflow_on_one_rank_makes_all_skip_the_step_and_scale_the_loss_as_one_process_does(
+    fit_ranks, fit_reference
+):
+    keras.utils.set_random_seed(16)
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, dtype="mixed_float16"), layers.Dense(1)])
+    sgd = keras.optimizers.SGD(0.02, momentum=0.5)
+    model.compile(keras.optimizers.LossScaleOptimizer(sgd, initial_scale=1024.0, dynamic_growth_steps=2), "mse")
+    parts = [(x, x.sum(axis=1)) for x, _ in dense_data((40, 29))]
+    parts[1][1][13] = 1e5  # on rank 1, in the second step of each epoch: its gradient is more than float16 can hold
+    config = FitConfig(epochs=3, batch_size=8, shuffle=False)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference, relative=2e-2)
+    optimizers = [fitted.model.optimizer for fitted in (*ranks, reference)]
+    assert [int(each.inner_optimizer.iterations) for each in optimizers] == [3 * (5 - 1)] * 3, "one of five is skipped"
+    (scale,) = {float(each.dynamic_scale) for each in optimizers}
+    assert scale != 1024
+
+
 def test_moving_statistics_are_averaged_by_rows(fit_ranks):
     model, parts = normalized(), dense_data((8, 4, 0))
     kernel, bias = model.layers[0].get_weights()
@@ -183,7 +201,7 @@ def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_referenc
     assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
 
-def test_a_rank_that_fails_makes_the_others_fail_with_its_reason(fit_ranks, monkeypatch):
+def test_an_error_of_a_collective_within_a_step_comes_out_as_it_was_raised(fit_ranks, monkeypatch):
     communicator = type(LocalGroup(1, timeout_s=1).communicators[0])
     allreduce = communicator.allreduce
 

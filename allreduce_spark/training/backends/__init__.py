@@ -1,7 +1,7 @@
 """What differs between the libraries that Keras computes with: TensorFlow, JAX and PyTorch. `ours` is that of this process.
 
 Keras chooses its backend once, when it is imported. All else in `training/` is written against Keras alone, and imports none of
-the three; so the other two need not be installed.
+the three before it is known which one it is; so the other two need not be installed.
 """
 
 from __future__ import annotations
