@@ -74,6 +74,6 @@ def within_steps() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _raised:
+        if _raised and isinstance(error, RuntimeError):  # what JAX makes of it; other errors are not of this step
             raise _raised[0] from error
         raise
