@@ -25,16 +25,16 @@ from allreduce_spark.spark import stage
     ],
 )
 def test_errors_of_the_spark_job_are_told_apart(text: str, kind: str, says: str) -> None:
-    failure = stage._failure_of_job(RuntimeError(text))
+    failure = stage.failure_of_job(RuntimeError(text))
     assert failure.error == kind
     assert says in failure.cause
     assert "Task.scala" not in failure.cause
 
 
 def test_the_death_of_a_worker_is_not_the_first_cause_where_its_agent_has_told_more() -> None:
-    assert stage._failure_of_job(RuntimeError("Python worker exited unexpectedly (crashed)")).consequence
-    assert stage._failure_of_job(RuntimeError("ExecutorLostFailure (executor 1 exited)")).consequence
-    assert not stage._failure_of_job(RuntimeError("ValueError: a bad image")).consequence
+    assert stage.failure_of_job(RuntimeError("Python worker exited unexpectedly (crashed)")).consequence
+    assert stage.failure_of_job(RuntimeError("ExecutorLostFailure (executor 1 exited)")).consequence
+    assert not stage.failure_of_job(RuntimeError("ValueError: a bad image")).consequence
 
 
 def test_an_agent_that_has_lost_the_driver_is_misfortune_and_one_that_never_reached_it_is_not() -> None:
@@ -42,6 +42,6 @@ def test_an_agent_that_has_lost_the_driver_is_misfortune_and_one_that_never_reac
         "the driver is gone: the other end closed the connection",
         "rank 1 has not heard of the driver for 31 s and ends.",
     ):
-        assert stage._failure_of_job(RuntimeError(f"allreduce_spark.errors.RendezvousError: {text}")).stage_lost
+        assert stage.failure_of_job(RuntimeError(f"allreduce_spark.errors.RendezvousError: {text}")).stage_lost
     text = "RendezvousError: w1 cannot reach the driver at hub:5 (timed out)"
-    assert not stage._failure_of_job(RuntimeError(text)).stage_lost
+    assert not stage.failure_of_job(RuntimeError(text)).stage_lost
