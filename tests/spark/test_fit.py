@@ -67,7 +67,7 @@ def test_fit_on_arrays_gives_the_history_and_the_state_that_plain_keras_gives(
     model.jit_compile = True  # as Keras has it on a GPU
     spark_model = SparkModel(model, num_ranks=2)
 
-    with caplog.at_level(logging.INFO, "allreduce_spark.spark"):
+    with caplog.at_level(logging.INFO, "allreduce_spark"):
         history = spark_model.fit((x, y), epochs=2, batch_size=8, shuffle=False, validation_split=0.25, verbose=0)
     assert len([record for record in caplog.records if "train without jit_compile" in record.message]) == 1
     assert model.jit_compile
