@@ -1,6 +1,7 @@
 """The README's table of what trains where, from what the tests that are marked `support` have come to. `make support` does it.
 
-python tests/support_table.py REPORT...                         each is what a pytest --junitxml has written
+python tests/support_table.py REPORT...                         each is what a pytest --junitxml has written; of a test that
+                                                                is in several, the last one counts
 """
 
 from __future__ import annotations
@@ -26,19 +27,21 @@ BEGIN, END = "<!-- what trains where: made by `make support` -->", "<!-- end -->
 
 def cells(*reports: str) -> dict[tuple[str, str], str]:
     """(backend, place) -> "passed" if all tests of that cell passed, "FAILED" if one did not; none where none was run."""
+    last = {
+        (case.get("classname"), case.get("name")): case
+        for report in reports
+        for case in ET.fromstring(report).iter("testcase")
+    }
     outcomes: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for case in (case for report in reports for case in ET.fromstring(report).iter("testcase")):
+    for case in last.values():
         for entry in case.iter("property"):
             if entry.get("name") == "support":
                 backend, place = str(entry.get("value")).split()
                 if backend not in BACKENDS or place not in PLACES:
-                    raise ValueError(
-                        f"{case.get('name')} is marked for {backend!r} and {place!r}, which are not in the table"
-                    )
+                    raise ValueError(f"{case.get('name')} is marked for {backend!r} and {place!r}: not in the table")
                 failed = case.find("failure") is not None or case.find("error") is not None
-                outcomes[backend, place].add(
-                    "failed" if failed else "skipped" if case.find("skipped") is not None else "passed"
-                )
+                skipped = case.find("skipped") is not None
+                outcomes[backend, place].add("failed" if failed else "skipped" if skipped else "passed")
     return {cell: "FAILED" if "failed" in each else "passed" for cell, each in outcomes.items() if each != {"skipped"}}
 
 
