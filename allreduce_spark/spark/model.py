@@ -19,7 +19,6 @@ from allreduce_spark.config import (
     FitConfig,
     Recovery,
     Timeouts,
-    check_backend,
     check_num_ranks,
     check_ranks_per_gpu,
     check_sync_every,
@@ -105,7 +104,7 @@ class SparkModel:
         self.model = check_model(model)
         self.num_ranks = None if num_ranks is None else check_num_ranks(num_ranks)
         self.sync_every = check_sync_every(sync_every)
-        self.backend = check_backends(check_backend(backend))
+        self.backend = check_backends(backend)
         self.resources = check_resources(resources)
         self.ranks_per_gpu = check_ranks_per_gpu(ranks_per_gpu)
         self.timeouts = timeouts or Timeouts()

@@ -8,7 +8,7 @@ from typing import Any
 import cloudpickle
 from pyspark.resource import ResourceProfile
 
-from allreduce_spark.config import Recovery, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
+from allreduce_spark.config import Recovery, Timeouts, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.spark.engine import engine_for
@@ -58,7 +58,7 @@ def run(
     """
     if not callable(function):
         raise ConfigError(f"run needs a function, got {function!r}.")
-    timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
+    timeouts, backend = timeouts or Timeouts(), check_backends(backend)
     resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     max_restarts = Recovery(max_restarts).max_restarts
     call = pickle_objects((function, args, kwargs))

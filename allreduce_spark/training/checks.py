@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from allreduce_spark.config import check_backend
 from allreduce_spark.data.spec import STRING, LeafSpec, NestSpec, RowSpec
 from allreduce_spark.errors import ConfigError, DataError
 from allreduce_spark.training.backends import KERAS_BACKEND
@@ -55,12 +56,13 @@ def check_model(model: object) -> keras.Model:
     return model
 
 
-def check_backends(backend: str) -> str:
+def check_backends(wanted: object) -> str:
     """Return what the ranks are to reduce by, or say why they cannot.
 
     Raises:
-        ConfigError: It is Horovod, and Keras does not run on TensorFlow.
+        ConfigError: There is no such backend, or it is Horovod and Keras does not run on TensorFlow.
     """
+    backend = check_backend(wanted)
     if backend.startswith("horovod") and KERAS_BACKEND != "tensorflow":
         raise ConfigError(
             f"backend={backend!r} reduces what TensorFlow computes, but Keras runs on {KERAS_BACKEND} here. Leave it "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pyspark import RDD, StorageLevel
 from pyspark.resource import ResourceProfile
 
-from allreduce_spark.config import FitConfig, Timeouts, check_backend, check_num_ranks, check_ranks_per_gpu
+from allreduce_spark.config import FitConfig, Timeouts, check_num_ranks, check_ranks_per_gpu
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots
 from allreduce_spark.spark.fit import Rows
@@ -153,7 +153,7 @@ def search(
         seed=seed,
     )
     study = Study(space, direction=towards, sampler=sampler, pruner=pruner, epochs=epochs, seed=seed)
-    timeouts, backend = timeouts or Timeouts(), check_backends(check_backend(backend))
+    timeouts, backend = timeouts or Timeouts(), check_backends(backend)
     resources, ranks_per_gpu = check_resources(resources), check_ranks_per_gpu(ranks_per_gpu)
     context = active_context()
     resources = register(context, resources)
