@@ -46,7 +46,7 @@ def test_verbose_1_shows_what_is_waited_for_and_then_a_bar_for_each_epoch(capsys
     phases = [
         "3 ranks: waiting for Spark to start their tasks (start)",
         "3 ranks: writing the rows to local disks (spool)",
-        "3 ranks: importing TensorFlow, loading the model (import)",
+        "3 ranks: importing Keras, loading the model (import)",
         "3 ranks: compiling the first step (first step)",
         "Epoch 1/2: 100%",
         "Epoch 2/2: 100%",
