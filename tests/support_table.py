@@ -26,7 +26,7 @@ BEGIN, END = "<!-- what trains where: made by `make support` -->", "<!-- end -->
 
 
 def cells(*reports: str) -> dict[tuple[str, str], str]:
-    """(backend, place) -> "passed" if all tests of that cell passed, "FAILED" if one did not; none where none was run."""
+    """(backend, place) -> "passed" if all of its tests that were run passed, else "FAILED"; nothing where none was run."""
     last = {
         (case.get("classname"), case.get("name")): case
         for report in reports

@@ -3,7 +3,7 @@
 Horovod has not been released since 2023. The TensorFlow of today has moved some headers that it includes, keeps others where no
 compiler looks, or leaves them out: the compiler is given what it misses (`_headers`). In Horovod itself one line is changed, so
 that Gloo keeps to the network interface that it is told (`_source`). Seen to build with 2.18.1, 2.19.1 and 2.21.0; the headers
-of 2.20.0 were compiled alone. The build with NCCL has not been tried.
+of 2.20.0 were compiled alone. With NCCL it was seen to build for 2.21.0, by CUDA 13; no GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TENSORFLOWS = ((2, 18), (2, 22))  # from, and below
 # host's own name has: on Debian 127.0.1.1, which no other host reaches.
 FAULTY_FILE, FAULTY_FUNCTION = "horovod/common/gloo/gloo_context.cc", "void GlooContext::InitializeForProcessSet("
 FAULT, REMEDY = "iface = gloo_iface_;", "iface = global_context.gloo_iface_;"
+FLAGS = ("CXXFLAGS", "CPLUS_INCLUDE_PATH", "LDFLAGS")
 BUILD_TOOLS = ("setuptools<81", "wheel", "packaging")
 NEEDED_BY_HOROVOD = ("cloudpickle", "packaging", "psutil", "pyyaml")
 ANSWER_S = 30.0
@@ -78,6 +79,7 @@ class Recipe:
         compiler: First line of what it says of its version.
         mpi: Version of the package mpich; None for a Horovod without MPI.
         cuda, nccl: Version of nvcc, and of NCCL by its header; None without GPU operations.
+        settings: Variables of the user's environment that the build reads, as NAME=VALUE.
     """
 
     tensorflow: str
@@ -87,6 +89,7 @@ class Recipe:
     mpi: str | None = None
     cuda: str | None = None
     nccl: str | None = None
+    settings: tuple[str, ...] = ()
 
 
 def install_horovod(*, with_nccl: bool) -> int:
@@ -153,13 +156,16 @@ def make_recipe(*, with_nccl: bool, environ: Mapping[str, str] = os.environ) -> 
         version_of("mpich") if Path(sys.prefix, "bin", "mpicxx").exists() else None,
         cuda,
         nccl,
+        tuple(
+            sorted(f"{name}={value}" for name, value in environ.items() if name.startswith("HOROVOD_") or name in FLAGS)
+        ),
     )
 
 
 def wheel_folder(recipe: Recipe, environ: Mapping[str, str] = os.environ) -> Path:
     """Where the wheel of a recipe is kept: a folder of its own, beside a file that tells the recipe."""
     cache = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    digest = hashlib.sha256(repr((VERSION, REMEDY, recipe)).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(repr((VERSION, REMEDY, BUILDER_TEXT, LLVM_HEADER, recipe)).encode()).hexdigest()[:12]
     return Path(cache, "allreduce_spark", "wheels", f"horovod-{recipe.tensorflow.replace(' ', '-')}-{digest}")
 
 
@@ -208,7 +214,7 @@ def _source(work: Path, environment: Mapping[str, str]) -> Path:
         str(fetched),
     ]
     _pip("download", *options, "-r", str(requirements), environment=environment)
-    shutil.unpack_archive(next(fetched.glob("horovod-*.tar.gz")), work / "source", filter="data")
+    shutil.unpack_archive(next(fetched.glob("horovod-*.tar.gz")), work / "source")
     folder = next((work / "source").iterdir())
     _mend(folder / FAULTY_FILE)
     return folder
@@ -240,6 +246,7 @@ def _build_environment(recipe: Recipe, work: Path) -> dict[str, str]:
         "CPLUS_INCLUDE_PATH": os.pathsep.join(places),
         "PATH": os.pathsep.join(programs),
         "MAKEFLAGS": os.environ.get("MAKEFLAGS") or f"-j{len(os.sched_getaffinity(0))}",
+        "CMAKE_POLICY_VERSION_MINIMUM": "3.5",  # what the Gloo in Horovod asks for is more than CMake 4 gives unasked
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     if recipe.mpi:
@@ -289,11 +296,12 @@ def _find_nccl(package: str, environ: Mapping[str, str]) -> tuple[str, str]:
             "CUDA toolkit of TensorFlow's version, or set HOROVOD_CUDA_HOME to its folder."
         )
     places = [
-        environ.get("HOROVOD_NCCL_INCLUDE", ""),
-        f"{environ.get('HOROVOD_NCCL_HOME', '')}/include",
-        f"{home}/include",
+        environ.get("HOROVOD_NCCL_INCLUDE"),
+        *(f"{root}/include" for root in (environ.get("HOROVOD_NCCL_HOME"), home) if root),
     ]
-    header = next((path for place in [*places, "/usr/include"] if (path := Path(place, "nccl.h")).is_file()), None)
+    header = next(
+        (path for place in [*places, "/usr/include"] if place and (path := Path(place, "nccl.h")).is_file()), None
+    )
     if header is None:
         raise MissingDependencyError(
             "Horovod with NCCL needs NCCL's header nccl.h: apt-get install libnccl-dev (of NVIDIA's repository), or set "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import ipaddress
 import os
 import shutil
 import socket
@@ -19,18 +20,18 @@ GIB, MIB = 1024**3, 1024**2
 
 def check_network(environ: Mapping[str, str] = os.environ) -> Result:
     # Not at the top: this file must load before anything is installed, whatever the room below comes to need.
-    from allreduce_spark.launch.environment import interface_of
+    from allreduce_spark.launch.environment import interface_of, own_address
 
-    name = environ.get("SPARK_LOCAL_IP") or socket.gethostname()
     try:
-        address = socket.gethostbyname(name)
+        name, address = own_address(environ)
     except OSError:
+        name = environ.get("SPARK_LOCAL_IP") or socket.gethostname()
         return warn(
             f"the name of this host, {name!r}, resolves to nothing",
             f"Spark may not start: add {name!r} to /etc/hosts, or set SPARK_LOCAL_IP to an address of this host.",
         )
     interface = interface_of(address)
-    if address.startswith("127."):
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
         return warn(
             f"{name} is {address}, which no other host can reach",
             "All is well for local[N]. On a cluster set SPARK_LOCAL_IP to this host's address in its network.",

@@ -1,7 +1,7 @@
 """A real test, for the doctor and after an install: two processes on this machine, started as an agent starts its rank, and
 one all-reduce.
 
-    python -m allreduce_spark.cli.two_ranks RANK NODE,NODE BACKEND        one of the two processes
+    python -m allreduce_spark.cli.two_ranks RANK NODE,NODE BACKEND TIMEOUT_S        one of the two processes
 
 Nothing at the top of this file needs an installed package: the first thing that does is the rank process itself.
 """
@@ -25,7 +25,7 @@ from allreduce_spark.cli.result import Result, fail, ok
 from allreduce_spark.communicator.horovod_environment import interface_environment
 from allreduce_spark.communicator.mpich import mpi_environment, shared_memory_segments
 from allreduce_spark.errors import AllReduceSparkError, CollectiveError, CollectiveTimeoutError, RankFailedError
-from allreduce_spark.launch.environment import interface_of, rank_environment
+from allreduce_spark.launch.environment import interface_of, own_address, rank_environment
 from allreduce_spark.rendezvous import pmi
 from allreduce_spark.world import worlds_of
 
@@ -64,7 +64,7 @@ def _check(nodes: tuple[int, int]) -> Result:
 
 def _interface() -> str | None:
     with contextlib.suppress(OSError):
-        return interface_of(socket.gethostbyname(os.environ.get("SPARK_LOCAL_IP") or socket.gethostname()))
+        return interface_of(own_address(os.environ)[1])
     return None
 
 
@@ -87,20 +87,23 @@ def allreduce_of_two(nodes: tuple[int, int], interface: str | None, timeout_s: f
     deadline = time.monotonic() + timeout_s
     key_space = pmi.KeySpace(f"doctor_{secrets.token_hex(8)}", len(nodes), pmi.process_mapping(nodes))
     with contextlib.ExitStack() as stack:
-        ends = [stack.enter_context(_rank_process(rank, nodes, interface, backend)) for rank in range(len(nodes))]
+        ends = [
+            stack.enter_context(_rank_process(rank, nodes, interface, timeout_s, backend)) for rank in range(len(nodes))
+        ]
         return max(_answer_until_closed(key_space, ends, deadline))
 
 
 @contextlib.contextmanager
 def _rank_process(
-    rank: int, nodes: tuple[int, int], interface: str | None, backend: str
+    rank: int, nodes: tuple[int, int], interface: str | None, timeout_s: float, backend: str
 ) -> Iterator[tuple[subprocess.Popen[str], socket.socket]]:
     """One rank, and our end of its PMI connection; it is killed, and its shared memory removed, at the end."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         of_interface = {**mpi_environment(interface), **interface_environment(interface)}
         extra = {**of_interface, **pmi.environment(rank, len(nodes), theirs.fileno())}
-        command = [sys.executable, "-m", "allreduce_spark.cli.two_ranks", str(rank), ",".join(map(str, nodes)), backend]
+        words = [str(rank), ",".join(map(str, nodes)), backend, str(timeout_s)]
+        command = [sys.executable, "-m", "allreduce_spark.cli.two_ranks", *words]
         with subprocess.Popen(
             command,
             env=rank_environment(os.environ, threads=1, gpus=None, extra=extra),
@@ -173,13 +176,13 @@ def _result(rank: int, process: subprocess.Popen[str], deadline: float) -> float
         raise RankFailedError(cause, rank=rank, log_tail=tuple(lines[-LOG_LINES:])) from error
 
 
-def be_a_rank(rank: int, nodes: tuple[int, ...], backend: str) -> float:
+def be_a_rank(rank: int, nodes: tuple[int, ...], backend: str, timeout_s: float) -> float:
     """Open a communicator, sum an array a few times, check the sum, close; the milliseconds of the quickest."""
     import numpy as np
 
     from allreduce_spark.training.opening import open_communicator
 
-    communicator = open_communicator(backend, worlds_of(nodes)[rank], TIMEOUT_S, TIMEOUT_S)
+    communicator = open_communicator(backend, worlds_of(nodes)[rank], timeout_s, timeout_s)
     expected = len(nodes) * (len(nodes) + 1) / 2
     seconds = []
     for _ in range(5):
@@ -194,6 +197,7 @@ def be_a_rank(rank: int, nodes: tuple[int, ...], backend: str) -> float:
 
 
 if __name__ == "__main__":
-    signal.alarm(int(TIMEOUT_S) + 10)  # the end of a rank whose doctor was killed
-    own_rank, its_nodes, its_backend = sys.argv[1:]
-    print(json.dumps({"milliseconds": be_a_rank(int(own_rank), tuple(map(int, its_nodes.split(","))), its_backend)}))
+    own_rank, its_nodes, its_backend, its_timeout_s = sys.argv[1:]
+    signal.alarm(int(float(its_timeout_s)) + 10)  # the end of a rank whose doctor was killed
+    best = be_a_rank(int(own_rank), tuple(map(int, its_nodes.split(","))), its_backend, float(its_timeout_s))
+    print(json.dumps({"milliseconds": best}))

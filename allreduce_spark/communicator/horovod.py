@@ -23,7 +23,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
@@ -71,7 +71,7 @@ _ABORT_WAIT_S: Final = 0.05
 _ABORT_TELL_S: Final = (
     2.0  # For the others to come to a collective and hear the reason; then they hear of the end alone.
 )
-_PIECE_BYTES: Final = 1 << 30  # MPI counts in 32 bits.
+_PIECE_BYTES: Final = 1 << 30  # MPI, and Horovod what is gathered from all ranks, count in 32 bits.
 _MARGIN_S: Final = 60.0
 
 _COMBINE: Final = {ReduceOp.MIN: np.minimum, ReduceOp.MAX: np.maximum}
@@ -145,8 +145,9 @@ class HorovodCommunicator:
                     piece[...] = run(partial(_sum, piece))
             elif flat.size:
                 # Gathered, because the minimum of Gloo and of MPI depends on the order where one of the numbers is NaN.
-                rows = run(partial(_gather, _as_bytes(buffer))).view(buffer.dtype).reshape(self.world_size, -1)
-                flat[...] = reduce(_COMBINE[op], rows)
+                for piece in _pieces(flat, ranks=self.world_size):
+                    rows = run(partial(_gather, _as_bytes(piece))).view(buffer.dtype).reshape(self.world_size, -1)
+                    piece[...] = reduce(_COMBINE[op], rows)
 
     def broadcast(self, buffer: np.ndarray, root: int = 0, *, timeout_s: float | None = None) -> None:
         with self._agreed(broadcast_call(buffer, root, self.rank, self.world_size), timeout_s) as (_, run):
@@ -157,8 +158,7 @@ class HorovodCommunicator:
 
     def allgather(self, buffer: np.ndarray, *, timeout_s: float | None = None) -> list[np.ndarray]:
         with self._agreed(allgather_call(buffer), timeout_s) as (calls, run):
-            is_empty = not any(sizes_of_ranks(calls, buffer))
-            gathered = np.empty(0, np.uint8) if is_empty else np.array(run(partial(_gather, _as_bytes(buffer))))
+            gathered = _gather_in_pieces(run, _as_bytes(buffer), sizes_of_ranks(calls, buffer))
         return arrays_of_ranks(gathered, calls, buffer)
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
@@ -305,13 +305,28 @@ def _gather(data: np.ndarray) -> np.ndarray:
         return np.asarray(hvd.allgather(tf.convert_to_tensor(data), name="gather"))
 
 
+def _gather_in_pieces(run: Callable[[Callable[[], Any]], Any], data: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """As `_gather`, of any size: in rounds, to each of which every rank brings its next piece, which may be empty."""
+    gathered, step = np.empty(sum(sizes), np.uint8), _PIECE_BYTES // len(sizes)
+    places = np.split(gathered, np.cumsum(sizes)[:-1])  # views, one for each rank
+    for start in range(0, max(sizes), step):
+        pieces = [place[start : start + step] for place in places]
+        brought = run(partial(_gather, data[start : start + step]))
+        for piece, part in zip(
+            pieces, np.split(brought, np.cumsum([piece.size for piece in pieces])[:-1]), strict=True
+        ):
+            piece[...] = part
+    return gathered
+
+
 def _broadcast(data: np.ndarray, root: int) -> np.ndarray:
     with tf.device("/cpu:0"):
         return np.asarray(hvd.broadcast(tf.convert_to_tensor(data), root, name="broadcast"))
 
 
-def _pieces(flat: np.ndarray) -> Iterator[np.ndarray]:
-    step = _PIECE_BYTES // flat.itemsize
+def _pieces(flat: np.ndarray, ranks: int = 1) -> Iterator[np.ndarray]:
+    """Views of so many bytes at most as Horovod can count of all these ranks together."""
+    step = _PIECE_BYTES // (flat.itemsize * ranks)
     return (flat[start : start + step] for start in range(0, flat.size, step))
 
 

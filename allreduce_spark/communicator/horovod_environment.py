@@ -20,7 +20,14 @@ from pathlib import Path
 from allreduce_spark.errors import MissingDependencyError
 from allreduce_spark.world import World
 
-__all__ = ["Installation", "check_installed", "installed", "interface_environment", "rank_environment"]
+__all__ = [
+    "Installation",
+    "check_installed",
+    "installed",
+    "interface_environment",
+    "rank_environment",
+    "why_unusable",
+]
 
 # What only a library built with each of them has in it: names that it imports, or reads from the environment.
 _TRACES = {"gloo": b"HOROVOD_GLOO_RENDEZVOUS_ADDR", "mpi": b"MPI_Init_thread", "nccl": b"ncclAllReduce"}
@@ -32,7 +39,8 @@ class Installation:
 
     Attributes:
         version: Its own.
-        tensorflow: The TensorFlow that it was built against; it loads with no other.
+        tensorflow: The TensorFlow that it was built against. Its operations are C++, which TensorFlow changes with each minor
+            version.
         parts: Which of "gloo", "mpi" and "nccl" it was built with.
     """
 
@@ -58,6 +66,25 @@ def _folder() -> Path | None:
     return next(map(Path, spec.submodule_search_locations or []), None) if spec else None
 
 
+def why_unusable(*parts: str) -> str | None:
+    """What keeps the Horovod here from being used with all of these parts; None where nothing is known to."""
+    found = installed()
+    if found is None:
+        return "is not installed"
+    for part in parts:
+        if part not in found.parts:
+            return f"was built without {part}"
+    tensorflow = _tensorflow_version()
+    if tensorflow is not None and tensorflow.split(".")[:2] != found.tensorflow.split(".")[:2]:
+        return f"was built for TensorFlow {found.tensorflow}, while {tensorflow} is installed,"
+    return None
+
+
+def _tensorflow_version() -> str | None:
+    packages = metadata.packages_distributions().get("tensorflow", [])
+    return metadata.version(packages[0]) if packages else None
+
+
 def check_installed(backend: str) -> None:
     """Make sure that this machine has what a backend needs that is not installed with this library.
 
@@ -66,9 +93,8 @@ def check_installed(backend: str) -> None:
     """
     if backend not in ("horovod", "horovod-mpi"):
         return
-    part, found = "mpi" if backend == "horovod-mpi" else "gloo", installed()
-    if found is None or part not in found.parts:
-        what = "is not installed" if found is None else f"was built without {part}"
+    what = why_unusable("mpi" if backend == "horovod-mpi" else "gloo")
+    if what is not None:
         raise MissingDependencyError(
             f"backend={backend!r} needs Horovod on every executor, but on {socket.gethostname()} it {what} for "
             f"{sys.executable}. Run there: allreduce-spark install-horovod"
@@ -77,7 +103,8 @@ def check_installed(backend: str) -> None:
 
 def interface_environment(interface: str | None, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The variables that make Gloo and NCCL talk over one network interface; see `mpich.mpi_environment`."""
-    wanted = {"HOROVOD_GLOO_IFACE": interface, "NCCL_SOCKET_IFNAME": interface} if interface else {}
+    # Without the "=", NCCL would take each interface whose name begins so: eth1 and eth10.
+    wanted = {"HOROVOD_GLOO_IFACE": interface, "NCCL_SOCKET_IFNAME": f"={interface}"} if interface else {}
     return {name: value for name, value in wanted.items() if name not in given}
 
 
@@ -107,6 +134,9 @@ def rank_environment(
         "CONTROLLER": controller,
         "CPU_OPERATIONS": controller,
         "GLOO_TIMEOUT_SECONDS": int(longest_s),
+        # Fused is what is worth it when it gets here. What Horovod would fuse, and with it the last bits of sums, depends on
+        # when tensors come.
+        "FUSION_THRESHOLD": 0,
         # Horovod looks once in each check time, and counts for tensors that it knows from the second look on.
         "STALL_CHECK_TIME_SECONDS": max(1, int(0.1 * collective_s)),
         "STALL_SHUTDOWN_TIME_SECONDS": max(1, int(0.8 * collective_s)),

@@ -54,7 +54,7 @@ try:
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, but finds no MPI library
     raise MissingDependencyError(
-        f"communicator='mpi' needs mpi4py and an MPICH library, but: {error}. "
+        f"backend='mpi' needs mpi4py and an MPICH library, but: {error}. "
         "Install both on every executor: pip install mpi4py mpich"
     ) from error
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, local_shares
 from allreduce_spark.checkpoint.store import Store
-from allreduce_spark.communicator.horovod_environment import check_installed, installed, interface_environment
+from allreduce_spark.communicator.horovod_environment import check_installed, interface_environment, why_unusable
 from allreduce_spark.communicator.mpich import mpi_environment
 from allreduce_spark.config import Timeouts
 from allreduce_spark.data.blocks import decode_block
@@ -191,13 +191,8 @@ def _join(task: AgentTask, folder: Path, gpus: tuple[str, ...], reports: list[di
         "shards": reports,
         "saved": sorted(local_shares(folder / LOCAL_FOLDER, task.rank)),
         "gpus": list(names_of(gpus)) if gpus else [],
-        "nccl": bool(gpus) and _has_nccl(),
+        "nccl": bool(gpus) and why_unusable("gloo", "nccl") is None,
     }
-
-
-def _has_nccl() -> bool:
-    found = installed()
-    return found is not None and {"gloo", "nccl"} <= found.parts
 
 
 def _wait_for_the_end(driver: Connection, timeouts: Timeouts) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from allreduce_spark.launch.gpus import gpu_environment
 
-__all__ = ["host_key", "interface_of", "rank_environment", "thread_share"]
+__all__ = ["host_key", "interface_of", "own_address", "rank_environment", "thread_share"]
 
 _SIOCGIFADDR = 0x8915
 
@@ -26,6 +26,18 @@ def host_key() -> str:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{os.stat('/dev/shm').st_dev}/{os.stat('/proc/self/ns/pid').st_ino}"
+
+
+def own_address(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
+    """The name of this host for Spark, and its address, as far as only the environment says it: IPv4 where there is a choice.
+
+    Raises:
+        OSError: The name resolves to nothing.
+    """
+    name = environ.get("SPARK_LOCAL_IP") or socket.gethostname()
+    found = socket.getaddrinfo(name.strip("[]"), None, type=socket.SOCK_STREAM)
+    addresses = sorted(found, key=lambda entry: entry[0] != socket.AF_INET)
+    return name, str(addresses[0][4][0])
 
 
 def interface_of(address: str) -> str | None:

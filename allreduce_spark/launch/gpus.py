@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def why_tensorflow_has_none(environ: Mapping[str, str] = os.environ) -> str | No
     if about.exists() and re.search(r"is_cuda_build\W+False", about.read_text()):
         return "the installed TensorFlow is a build without CUDA"
     packages = importlib.util.find_spec("nvidia")
-    folders = [Path(part) for part in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
+    folders = [Path(sys.prefix, "lib")]  # where conda has them
+    folders += [Path(part) for part in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if part]
     folders += [
         path for place in (packages and packages.submodule_search_locations) or [] for path in Path(place).glob("*/lib")
     ]

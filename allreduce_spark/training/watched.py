@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 
@@ -43,6 +44,8 @@ class WatchedCommunicator:
 
     def __init__(self, communicator: Communicator, status: StatusPage) -> None:
         self._communicator, self._status, self._waited_s, self._began = communicator, status, 0.0, 0.0
+        # Operations of a graph that need nothing of each other run at once.
+        self._lock, self._at_it = threading.Lock(), 0
         self.rank, self.world_size = communicator.rank, communicator.world_size
         self.timeout_s = communicator.timeout_s
         self.graph: GraphCollectives | None = None
@@ -87,9 +90,15 @@ class WatchedCommunicator:
             self._end()
 
     def _begin(self) -> None:
-        self._began = time.perf_counter()
-        self._status.write_waiting(True, self._waited_s)
+        with self._lock:
+            self._at_it += 1
+            if self._at_it == 1:
+                self._began = time.perf_counter()
+                self._status.write_waiting(True, self._waited_s)
 
     def _end(self) -> None:
-        self._waited_s += time.perf_counter() - self._began
-        self._status.write_waiting(False, self._waited_s)
+        with self._lock:
+            self._at_it -= 1
+            if self._at_it == 0:
+                self._waited_s += time.perf_counter() - self._began
+                self._status.write_waiting(False, self._waited_s)

@@ -201,14 +201,23 @@ def test_only_the_line_that_forgets_the_interface_is_mended_and_a_source_without
         (None, "horovod", "is not installed"),
         (Installation("0.28.1", "2.21.0", frozenset({"gloo"})), "horovod-mpi", "built without mpi"),
         (Installation("0.28.1", "2.21.0", frozenset({"mpi"})), "horovod", "built without gloo"),
+        (Installation("0.28.1", "2.18.1", frozenset({"gloo"})), "horovod", r"for TensorFlow 2\.18\.1, while 2\.21\.1"),
     ],
 )
 def test_a_machine_that_lacks_what_a_backend_needs_is_told_the_command(monkeypatch, found, backend, words):
     monkeypatch.setattr(horovod_environment, "installed", lambda: found)
+    monkeypatch.setattr(horovod_environment, "_tensorflow_version", lambda: "2.21.1")
     with pytest.raises(MissingDependencyError, match=f"{words}.*allreduce-spark install-horovod"):
         check_installed(backend)
     check_installed("mpi")
     check_installed("auto")
+
+
+def test_a_horovod_for_another_patch_of_tensorflow_or_beside_an_unknown_one_is_used(monkeypatch):
+    monkeypatch.setattr(horovod_environment, "installed", lambda: Installation("0.28.1", "2.21.0", frozenset({"gloo"})))
+    for version in ("2.21.1", None):
+        monkeypatch.setattr(horovod_environment, "_tensorflow_version", lambda version=version: version)
+        check_installed("horovod")
 
 
 def test_the_parts_of_a_library_are_seen_without_loading_it(monkeypatch, tmp_path):

@@ -27,7 +27,14 @@ def weights_after_fit(backend: str) -> list[np.ndarray]:
     return model.get_weights()
 
 
+def check_same_weights(file: Path, expected_file: Path) -> None:
+    with np.load(file) as found, np.load(expected_file) as expected:
+        for name in expected.files:
+            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
 def main(folder: Path, master: str, backends: list[str]) -> None:
+    folder.mkdir(exist_ok=True)
     builder = SparkSession.builder
     (builder if master == "submitted" else builder.master(master)).getOrCreate()
     for backend in backends:

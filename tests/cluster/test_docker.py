@@ -1,4 +1,4 @@
-"""The shipped image as a cluster of containers: it trains by spark-submit, also when one of the containers is killed.
+"""The shipped image as a cluster of containers: it trains by spark-submit, by each backend, also when a container is killed.
 
 Where no Docker engine answers this is skipped; `make test-docker` starts one.
 """
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "spark"))  # the fit that faults befall is that of the tests there
+import each_backend
 import faulty_fits
 from faulty_fits import Outcome
 
@@ -27,6 +29,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow, pytest.m
 
 REPOSITORY = Path(__file__).parents[2]
 DIGITS = REPOSITORY / "examples" / "digits.py"
+EACH_BACKEND = Path(each_backend.__file__)
 FIT = Path(faulty_fits.__file__)
 LEFTOVERS = "find /tmp /dev/shm /home/spark -name 'allreduce_spark-*' -o -name 'mpich_*'"
 BUILD_S = 600.0
@@ -51,14 +54,20 @@ class Containers:
     """A cluster of containers.
 
     Attributes:
-        name: Of its image, and under which Compose knows it.
+        name: Under which Compose knows it.
+        backend: That the image is built with.
     """
 
     name: str
+    backend: str
+
+    @property
+    def image(self) -> str:
+        return f"{self.name}:{self.backend}"
 
     @property
     def environment(self) -> dict[str, str]:
-        return {"IMAGE": self.name, "MASTER_UI_PORT": "0"}
+        return {"IMAGE": self.image, "BACKEND": self.backend, "MASTER_UI_PORT": "0"}
 
     @property
     def command(self) -> list[str]:
@@ -95,28 +104,31 @@ class Containers:
         return self.compose("exec", "--no-TTY", service, "sh", "-c", script)
 
     def outcome(self, folder: str, copy: Path) -> Outcome:
-        self.compose("cp", f"master:{folder}/outcome.npz", str(copy))
-        return Outcome.read(copy)
+        return Outcome.read(self.copy(f"{folder}/outcome.npz", copy))
+
+    def copy(self, path: str, to: Path) -> Path:
+        self.compose("cp", f"master:{path}", str(to))
+        return to
 
     def remains(self) -> list[str]:
         """What the engine still has of it."""
         label = ("--quiet", "--filter", f"label=com.docker.compose.project={self.name}")
-        listed = [docker("container", "ls", "--all", *label), docker("image", "ls", "--quiet", self.name)]
+        listed = [docker("container", "ls", "--all", *label), docker("image", "ls", "--quiet", self.image)]
         listed += [docker(kind, "ls", *label) for kind in ("network", "volume")]
         return "".join(listed).split()
 
 
-@pytest.fixture(scope="module")
-def containers() -> Iterator[Containers]:
+@contextmanager
+def built(backend: str) -> Iterator[Containers]:
+    """The image, and the cluster that it can become. Nothing of either stays."""
     for command in (["docker", "info"], ["docker", "compose", "version"]):
         if not shutil.which("docker") or subprocess.run(command, capture_output=True).returncode:
             pytest.skip(
                 f"'{' '.join(command)}' does not answer here: make test-docker starts a Docker engine with Compose"
             )
-    cluster = Containers(f"allreduce-spark-test-{os.getpid()}")
+    cluster = Containers(f"allreduce-spark-test-{os.getpid()}", backend)
     try:
         cluster.compose("build", timeout_s=BUILD_S)
-        cluster.compose("up", "--detach", "--wait")
         yield cluster
     finally:
         cluster.compose(
@@ -125,9 +137,20 @@ def containers() -> Iterator[Containers]:
     assert cluster.remains() == []
 
 
-def test_the_image_is_sound_runs_as_an_ordinary_user_and_has_no_compiler(containers: Containers) -> None:
-    assert "1 MiB of 2 ranks by shared memory" in containers.shell("worker", "allreduce-spark doctor")
-    assert containers.shell("worker", "id --user --name; command -v cc gcc g++ || true") == "spark\n"
+@pytest.fixture(scope="module")
+def containers() -> Iterator[Containers]:
+    """With Horovod, which takes nothing from the image that has MPI alone."""
+    with built("horovod") as cluster:
+        cluster.compose("up", "--detach", "--wait")
+        yield cluster
+
+
+@pytest.mark.parametrize("backend", ["mpi", "horovod"])
+def test_the_image_is_sound_runs_as_an_ordinary_user_and_has_no_compiler(backend: str) -> None:
+    with built(backend) as image:
+        container = ["run", "--rm", "--shm-size", "1g", image.image]
+        assert "1 MiB of 2 ranks by shared memory" in docker(*container, "allreduce-spark", "doctor")
+        assert docker(*container, "sh", "-c", "id --user --name; command -v cc gcc g++ || true") == "spark\n"
 
 
 @pytest.mark.support(place="docker", backend="mpi")
@@ -136,6 +159,23 @@ def test_the_example_of_the_readme_trains_on_two_workers(containers: Containers,
     found = re.search(r"held-out accuracy ([0-9.]+)", printed)
     assert found is not None
     assert float(found[1]) >= 0.95
+
+
+@pytest.fixture(scope="module")
+def by_each_backend(containers: Containers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of the same fit by each backend on two workers, and of MPI in local mode."""
+    folder = tmp_path_factory.mktemp("each_backend")
+    containers.run(folder / "local.log", EACH_BACKEND, "/checkpoints/one", "local[2]", "mpi")
+    containers.run(folder / "log", EACH_BACKEND, "/checkpoints/two", "submitted", "mpi", "horovod", "horovod-mpi")
+    for place in ("one", "two"):
+        containers.copy(f"/checkpoints/{place}", folder)
+    return folder
+
+
+@pytest.mark.support(place="docker")
+@pytest.mark.parametrize("backend", ["mpi", "horovod", "horovod-mpi"])
+def test_each_backend_ends_with_the_weights_of_one_machine(by_each_backend: Path, backend: str) -> None:
+    each_backend.check_same_weights(by_each_backend / "two" / f"{backend}.npz", by_each_backend / "one" / "mpi.npz")
 
 
 def wish(master: str, folder: str, fault: str | None = None) -> str:

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyspark
 import pytest
 
 from allreduce_spark.communicator.horovod_environment import installed
 
+sys.path.insert(0, str(Path(__file__).parent))
+import each_backend as program
+
 pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow]
 
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
-PROGRAM = str(Path(__file__).with_name("each_backend.py"))
+PROGRAM = str(program.__file__)
 BACKENDS = ["mpi", *(["horovod", "horovod-mpi"] if installed() else [])]
 RUN_S = 250.0
 each_backend = pytest.mark.parametrize("backend", ["mpi", "horovod", "horovod-mpi"])
@@ -51,9 +53,7 @@ def under_spark_submit(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -
 def check_weights(folder: Path, backend: str, reference: Path) -> None:
     if backend not in BACKENDS:
         pytest.skip("Horovod is not installed: allreduce-spark install-horovod")
-    with np.load(folder / f"{backend}.npz") as found, np.load(reference / "mpi.npz") as expected:
-        for name in expected.files:
-            np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, atol=1e-6)
+    program.check_same_weights(folder / f"{backend}.npz", reference / "mpi.npz")
 
 
 @each_backend

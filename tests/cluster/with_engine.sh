@@ -26,13 +26,19 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends "$@" >/dev/null
 }
 
+# Where this machine has its own Debian packages from.
+mirror() {
+    apt-get indextargets --format '$(REPO_URI) $(COMPONENT) $(CODENAME)' 'Created-By: Packages' \
+        | awk -v release="$(. /etc/os-release && echo "$VERSION_CODENAME")" '$2 == "main" && $3 == release { print $1; exit }'
+}
+
 # Compose 2 is younger than Debian 12, but the plugin of Debian 13 runs there.
 fetch_compose() {
     check_machine
     local apt=(-o "Dir::Etc::SourceList=$work/sources.list" -o Dir::Etc::SourceParts=/dev/null
         -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache" -o APT::Sandbox::User=root)
     mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$cache/cli-plugins"
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main" \
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $(mirror) trixie main" \
         >"$work/sources.list"
     apt-get "${apt[@]}" update --quiet --quiet
     (cd "$work" && apt-get "${apt[@]}" download --quiet --quiet docker-compose && dpkg -x docker-compose_*.deb compose)
@@ -69,7 +75,7 @@ stop_engine() {
 make_base() {
     local name=$1 root=$work/root release=${1#*:}
     install_packages ca-certificates debootstrap
-    debootstrap --variant=minbase "${release%%-*}" "$root" http://deb.debian.org/debian >/dev/null
+    debootstrap --variant=minbase "${release%%-*}" "$root" "$(mirror)" >/dev/null
     # Slim, as Debian's own images are.
     printf 'path-exclude=/usr/share/%s/*\n' doc man >"$root/etc/dpkg/dpkg.cfg.d/slim"
     rm --recursive --force "$root"/usr/share/{doc,man} "$root"/var/cache/apt/archives/*.deb "$root"/var/lib/apt/lists/*
