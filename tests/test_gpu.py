@@ -44,7 +44,8 @@ else:
     total = float(tf.reduce_sum(tf.ones((64, 64)) @ tf.ones((64, 64))))
     gpus = tf.config.list_physical_devices("GPU")
     grows = [tf.config.experimental.get_memory_growth(gpu) for gpu in gpus]
-    free = os.popen("nvidia-smi --query-gpu=memory.used,memory.total --format=csv,noheader,nounits --id=0").read()
+    gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+    free = os.popen(f"nvidia-smi --query-gpu=memory.used,memory.total --format=csv,noheader,nounits --id={gpu}").read()
     print(json.dumps([before, len(gpus), grows, total, [int(number) for number in free.split(",")]]), flush=True)
     os._exit(0)
 """
@@ -71,8 +72,14 @@ def test_a_fit_on_gpus_ends_with_the_weights_of_one_process(spark: Any, policy: 
 @pytest.mark.spark
 @pytest.mark.skipif(len(GPUS) < 2, reason="NCCL takes one GPU for each rank: no two GPUs here")
 @pytest.mark.skipif(HOROVOD is None or "nccl" not in HOROVOD.parts, reason="no Horovod with NCCL here")
-def test_horovod_with_nccl_ends_with_the_weights_of_one_process(spark: Any) -> None:
-    check_fit(backend="horovod", policy="float32", ranks_per_gpu=1)
+def test_horovod_with_nccl_is_chosen_and_ends_with_the_weights_of_one_process(spark: Any) -> None:
+    from allreduce_spark import run
+
+    def reduces_in_the_graph(communicator: Any) -> bool:
+        return communicator.graph is not None
+
+    assert run(reduces_in_the_graph, num_ranks=2, backend="auto") == [True, True]
+    check_fit(backend="auto", policy="float32", ranks_per_gpu=1)
 
 
 def check_fit(backend: str, policy: str, ranks_per_gpu: int) -> None:

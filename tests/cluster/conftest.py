@@ -34,6 +34,9 @@ class Cluster:
     folder: Path
     workers: tuple[subprocess.Popen[bytes], ...]
 
+    def worker_logs(self) -> list[Path]:
+        return sorted(self.folder.glob("worker-*.log"))
+
     def executors(self) -> list[str]:
         """Folders of all executors that there ever were: worker/application/number."""
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("worker-*/app-*/*/"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,7 @@ def test_a_driver_on_the_cluster_trains_and_its_application_ends(roomy_cluster: 
     )
     assert "Driver successfully submitted" in said
     deadline = time.monotonic() + RUN_S
-    while not (files / "found.json").exists():
+    while not any(re.search(r"Driver \S+ exited successfully", log.read_text()) for log in roomy_cluster.worker_logs()):
         printed = "".join(file.read_text() for file in roomy_cluster.folder.glob("worker-*/driver-*/std*"))
         assert time.monotonic() < deadline, said + printed
         assert "User application exited with" not in printed, printed

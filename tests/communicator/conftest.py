@@ -245,14 +245,14 @@ def reply_to_line(key_space: KeySpace, connections: list[socket.socket], rank: i
 def start(backend: str, world_size: int, timeout_s: float) -> Any:
     """`local`: threads. `mpi`: processes with shared memory. `tcp`: processes that take each other for other hosts.
 
-    `horovod`, `horovod-mpi`: processes of Horovod, with either controller.
+    `horovod`, `horovod-mpi`: processes of Horovod, with either controller; `horovod-mpi-tcp`: on other hosts, as `tcp`.
     """
     if backend == "local":
         return LocalRanks(world_size, timeout_s)
     if backend.startswith("horovod") and installed() is None:
         pytest.skip("Horovod is not installed: allreduce-spark install-horovod")
-    nodes = [rank if backend == "tcp" else 0 for rank in range(world_size)]
-    return ProcessRanks(nodes, timeout_s, "mpi" if backend == "tcp" else backend)
+    nodes = [rank if backend.endswith("tcp") else 0 for rank in range(world_size)]
+    return ProcessRanks(nodes, timeout_s, "mpi" if backend == "tcp" else backend.removesuffix("-tcp"))
 
 
 @pytest.fixture(scope="session")
@@ -283,7 +283,7 @@ def start_group() -> Any:
 
 
 GROUPS = [(backend, size) for backend in ("local", "mpi") for size in (1, 2, 3, 4)] + [("tcp", 3)]
-GROUPS += [("horovod", size) for size in (1, 2, 3)] + [("horovod-mpi", 2)]
+GROUPS += [("horovod", size) for size in (1, 2, 3)] + [("horovod-mpi", 2), ("horovod-mpi-tcp", 3)]
 DOOMED_GROUPS = [("local", 2), ("local", 3), ("mpi", 2), ("mpi", 3), ("tcp", 2), ("horovod", 3), ("horovod-mpi", 2)]
 
 

@@ -99,6 +99,20 @@ def allgathered(communicator: Communicator, dtype: str, rows: list[int], columns
     return communicator.allgather(own)
 
 
+def done_in_pieces(communicator: Communicator, piece_bytes: int, rows: list[int]) -> tuple[Any, Any]:
+    """What an `allgather` and a maximum come to, where so many bytes are too many for Horovod; and in one go."""
+    from allreduce_spark.communicator import horovod
+
+    found = []
+    for limit in (piece_bytes, horovod._PIECE_BYTES):
+        horovod._PIECE_BYTES = limit
+        greatest = random_array("float32", (101,), 1, communicator.rank)
+        communicator.allreduce(greatest, ReduceOp.MAX)
+        gathered = communicator.allgather(random_array("i8", (rows[communicator.rank], 3), 0, communicator.rank))
+        found.append([greatest, *gathered])
+    return found[0], found[1]
+
+
 def times_around_a_barrier(communicator: Communicator) -> tuple[float, float]:
     time.sleep(0.04 * communicator.rank)
     before = time.monotonic()

@@ -40,6 +40,12 @@ def test_a_rank_that_is_killed_makes_the_others_fail(horovod_ranks):
     assert killed is None
 
 
+def test_more_than_horovod_can_count_is_gathered_in_pieces(horovod_ranks):
+    for pieces, whole in horovod_ranks.run("done_in_pieces", piece_bytes=100, rows=[5, 33]):
+        assert [array.shape for array in pieces] == [(101,), (5, 3), (33, 3)]
+        assert [array.tobytes() for array in pieces] == [array.tobytes() for array in whole]
+
+
 def test_a_machine_without_horovod_is_told_what_to_install():
     ended = subprocess.run([sys.executable, "-c", WITHOUT_HOROVOD], capture_output=True, text=True, timeout=120)
     assert "MissingDependencyError" in ended.stderr
