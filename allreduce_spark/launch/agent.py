@@ -29,7 +29,8 @@ from allreduce_spark.data.spool import ShardWriter
 from allreduce_spark.errors import AllReduceSparkError, RendezvousError
 from allreduce_spark.launch.environment import host_key, interface_of, rank_environment, thread_share
 from allreduce_spark.launch.gpus import choose_gpus, names_of
-from allreduce_spark.launch.relay import Aborted, Place, Relay, hear
+from allreduce_spark.launch.place import Place
+from allreduce_spark.launch.relay import Aborted, Relay, hear
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.launch.warm import WarmProcess
 from allreduce_spark.rendezvous.client import Connection

@@ -21,19 +21,19 @@ from allreduce_spark.checkpoint.shares import LOCAL_FOLDER, local_shares
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ProtocolError, RendezvousError
+from allreduce_spark.launch.output import Output
+from allreduce_spark.launch.place import Place
 from allreduce_spark.launch.process import RankProcess
 from allreduce_spark.launch.scratch import release_shared_memory
 from allreduce_spark.launch.upload import upload_share
 from allreduce_spark.rendezvous.client import Channel, Connection
 from allreduce_spark.rendezvous.protocol import Message, Phase
-from allreduce_spark.rendezvous.status import StatusPage
 
-__all__ = ["Aborted", "Place", "Relay", "hear"]
+__all__ = ["Aborted", "Relay", "hear"]
 
 log = logging.getLogger(__name__)
 
 RESULT_PIECE_BYTES = 1 << 20
-LOG_LINES_PER_BEAT = 500
 CAUSE_CHARACTERS = 20_000
 STACK_S = 0.5  # for a rank to say what it is doing
 
@@ -56,43 +56,6 @@ def hear(driver: Connection) -> list[Message]:
     if any(message.kind == "abort" for message in messages):
         raise Aborted
     return messages
-
-
-class Place:
-    """Where this rank is: its status page says it, except before the ranks are let go and once the rank has finished."""
-
-    def __init__(self, status: StatusPage) -> None:
-        self._status = status
-        self.generation = 0
-        self.phase: Phase | None = Phase.SPOOL
-
-    def read(self) -> dict[str, Any]:
-        """As heartbeats tell it."""
-        phase, epoch, step = self._status.read()
-        is_waiting, waited_s = self._status.read_waiting()
-        return {
-            "generation": self.generation,
-            "phase": (self.phase or phase).value,
-            "epoch": epoch,
-            "step": step,
-            "is_waiting": is_waiting,
-            "waited_s": waited_s,
-        }
-
-    def restart(self, generation: int) -> None:
-        """The rank is dead, and another one is to come."""
-        self.generation, self.phase = generation, Phase.RESTART
-        self._status.write(Phase.IMPORT)
-        self._status.write_waiting(False, 0.0)
-        self._status.ask_to_regroup(False)
-
-    def ask_to_regroup(self) -> None:
-        self._status.ask_to_regroup()
-
-    def at_failure(self) -> dict[str, Any]:
-        """As reports of a failure tell it: what the rank itself has said last."""
-        phase, epoch, step = self._status.read()
-        return {"phase": phase.value} | ({"epoch": epoch, "step": step} if phase.has_step else {})
 
 
 class Relay:
@@ -125,8 +88,7 @@ class Relay:
         self._rank = start_rank()
         self._meet_new_rank()
         self._heard: deque[Message] = deque()  # from the driver, to be obeyed
-        self._lines: list[str] = []  # to be sent
-        self._room, self._left_out, self._beat_at = LOG_LINES_PER_BEAT, 0, time.monotonic()
+        self._output = Output(timeouts.heartbeat_s)
 
     @property
     def rank_has_ended(self) -> bool:
@@ -286,10 +248,7 @@ class Relay:
         lines = self._rank.read_output()
         if self._rank.output_ended:
             self._forget(self._rank.output)  # A pipe at its end is always readable.
-        kept = lines[: self._room]
-        self._lines += kept
-        self._room -= len(kept)
-        self._left_out += len(lines) - len(kept)
+        self._output.add(lines)
 
     def _forget(self, source: Any) -> None:
         if source in self._selector.get_map():
@@ -327,15 +286,9 @@ class Relay:
         self._tell("failed", **{**self._place.at_failure(), **fields, "cause": cause, "log_tail": tail})
 
     def _send_log(self, *, last: bool = False) -> None:
-        """Send what there is, so much per heartbeat: a rank that prints without end must not flood the driver."""
-        now = time.monotonic()
-        if last or now - self._beat_at >= self._timeouts.heartbeat_s:
-            if self._left_out:
-                self._lines.append(f"({self._left_out} lines are left out here)")
-            self._room, self._left_out, self._beat_at = LOG_LINES_PER_BEAT, 0, now
-        if self._lines:
-            self._driver.send("log", "\n".join(self._lines).encode())
-            self._lines = []
+        text = self._output.take(last=last)
+        if text:
+            self._driver.send("log", text.encode())
 
     def _look_at_the_clock(self) -> None:
         self._send_log()
