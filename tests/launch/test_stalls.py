@@ -81,7 +81,7 @@ def test_a_warm_process_that_is_stopped_before_it_forks_is_a_rank_that_does_not_
 
 
 def test_rows_that_never_come_are_waited_for_until_spool_s_is_over(fit):
-    fit.start("trains", "trains", rows=["stuck", "stuck"], timeouts=dataclasses.replace(FAST, spool_s=1.5))
+    fit.start("trains", "trains", rows=["stuck", "stuck"], timeouts=dataclasses.replace(FAST, spool_s=6))
     assert fit.rendezvous.wait(WAIT_S)
     failure = fit.rendezvous.failure
     assert (failure.error, failure.rank, failure.phase) == ("RendezvousTimeoutError", 1, "spool")
