@@ -281,6 +281,31 @@ def test_half_precision_is_that_of_one_process_to_the_precision_that_it_has(fit_
     assert_exact(ranks, reference, relative or np.inf)
 
 
+@pytest.fixture
+def global_policy():
+    """Returns set(name): Keras's dtype policy until the end of the test."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def test_the_loss_is_scaled_as_in_one_process_where_keras_sees_to_it_by_its_policy(
+    fit_ranks, fit_reference, global_policy
+):
+    global_policy("mixed_float16")
+    keras.utils.set_random_seed(10)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(3, dtype="float32")]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    global_policy("float32")  # as it is where the copies are loaded
+    parts, config = dense_data((64, 40)), FitConfig(epochs=3, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference, relative=2e-3)
+    scales = {float(fitted.model.optimizer.dynamic_scale) for fitted in (*ranks, reference)}
+    assert scales == {model.optimizer.initial_scale}
+
+
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_an_overflow_on_one_rank_makes_all_skip_the_step_and_scale_the_loss_as_one_process_does(
     fit_ranks, fit_reference, in_graph
