@@ -82,7 +82,10 @@ ours = cast(KerasBackend, importlib.import_module(f"{__name__}.{KERAS_BACKEND}")
 
 
 def environment() -> dict[str, str]:
-    """The variables that make Keras compute, in another process, with what it does here."""
+    """The variables that make Keras compute, in another process, with the library that it does here.
+
+    They count when Keras is imported. What can be set later travels with each model and function: `settings.KerasSettings`.
+    """
     variables = {"KERAS_BACKEND": KERAS_BACKEND}
     if KERAS_BACKEND == "jax":
         variables["JAX_ENABLE_X64"] = str(ours.widest_float() == "float64")
