@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from allreduce_spark.config import FitConfig
+from allreduce_spark.errors import ConfigError
 
 SIZES = {1: (37,), 2: (29, 18), 3: (31, 3, 14), 4: (17, 0, 26, 9)}
 RELATIVE = 1e-5
@@ -212,6 +213,59 @@ def test_masked_outputs_count_valid_entries_over_all_ranks(fit_ranks, fit_refere
     ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
     assert_exact(ranks, reference)
     np.testing.assert_allclose(ranks[0].history["loss"], reference.history["loss"], rtol=1e-5)
+
+
+def mean_of_valid_entries(y_true, y_pred):
+    """One number for a batch: a mean over rows, each of the mean of its valid entries."""
+    valid = keras.ops.cast(keras.ops.not_equal(y_true, -1), y_pred.dtype)
+    squares = keras.ops.square(y_true - y_pred) * valid
+    return keras.ops.mean(keras.ops.sum(squares, axis=1) / keras.ops.sum(valid, axis=1))
+
+
+def test_a_loss_that_returns_one_number_is_a_mean_over_rows_also_for_masked_outputs(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(5)
+    tokens = keras.Input((6,), dtype="int32")
+    hidden = keras.layers.LSTM(8, return_sequences=True)(keras.layers.Embedding(20, 4, mask_zero=True)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(1)(hidden))
+    model.compile(keras.optimizers.SGD(0.1), mean_of_valid_entries)
+    chance = np.random.default_rng(6)
+    parts = []
+    for size in SIZES[3]:
+        valid = np.arange(6) < chance.integers(1, 7, size)[:, None]
+        x = np.where(valid, chance.integers(1, 20, (size, 6)), 0)
+        parts.append((x, np.where(valid, chance.normal(size=(size, 6)), -1).astype("f4")))
+    config = FitConfig(epochs=2, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class OneNumber(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_pred[:, 0] - y_true))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weights", "why"), [("sum", False, "asks for their sum"), ("mean", True, "the rows have weights")]
+)
+def test_a_loss_that_returns_one_number_that_is_no_mean_over_rows_is_refused(fit_ranks, reduction, weights, why):
+    model = mlp(loss=OneNumber(reduction=reduction), metrics=())
+    with pytest.raises(ConfigError, match=f"returns one number for a batch, but .*{why}.*axis=-1"):
+        fit_ranks(model, dense_data((8, 8), weights=weights), FitConfig(batch_size=8))
+
+
+def test_the_losses_of_rows_are_computed_once(fit_ranks):
+    calls = []
+
+    def absolute(y_true, y_pred):
+        calls.append(1)
+        return keras.ops.mean(keras.ops.abs(y_true[:, None] - y_pred), axis=-1)
+
+    model = mlp()
+    model.compile("sgd", absolute, run_eagerly=True)
+    fit_ranks(model, dense_data((16, 16)), FitConfig(batch_size=8))
+    assert len(calls) == 2 * 2  # on each rank, in each step
 
 
 def test_ignored_classes_count_over_all_ranks(fit_ranks, fit_reference):
