@@ -38,6 +38,9 @@ def run(
     All ranks run or none does. If one fails, all are ended, and the first cause is raised here. What the function prints goes
     to the logger "allreduce_spark.rank" on the driver.
 
+    Keras is set up as it is here: backend, floatx, dtype policy, epsilon and image_data_format. Ranks stay equal in what the
+    function reduces or broadcasts, and in nothing else: `DistributedOptimizer` says what that is for it, and for callbacks.
+
     Args:
         function: Gets a `Communicator`, its rank's place among the others and its way to them; the rest is up to it. With
             `DistributedOptimizer`, `broadcast` and `shard_dataset`, a loop for one process becomes one for many. It travels by

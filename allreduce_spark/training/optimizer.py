@@ -96,21 +96,26 @@ def distribute(
 
 
 def distribute_steps(
-    model: keras.Model, communicator: Communicator, rows: StepRows, order: Order
+    model: keras.Model,
+    communicator: Communicator,
+    rows: StepRows,
+    order: Order,
+    optimizer: keras.optimizers.Optimizer | None = None,
 ) -> GradientReducer | None:
     """Make the training steps of a model reduce, over the ranks, its gradients and what else they move.
 
     Args:
-        model: Compiled and built.
+        model: Built.
         communicator, rows, order: As for `distribute`.
+        optimizer: What the model is, or will be, compiled with; None for the one that it has.
 
     Returns:
         What reduces the moving variables; None where there is one rank.
     """
-    moving = moving_variables(model)
+    optimizer, moving = optimizer or model.optimizer, moving_variables(model)
     if not ours.IS_STATELESS or not moving:
-        return distribute(model.optimizer, communicator, rows, moving, order)
-    if distribute(model.optimizer, communicator, rows, order=order) is None:
+        return distribute(optimizer, communicator, rows, moving, order)
+    if distribute(optimizer, communicator, rows, order=order) is None:
         return None
     reduce, step = GradientReducer(communicator, rows, moving, order), model.train_step
     known = {id(variable): place for place, variable in enumerate(model.non_trainable_variables)}

@@ -5,6 +5,8 @@ With TensorFlow, `test_exactness.py` and its neighbours say all this, and more.
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import keras
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.errors import CollectiveError, ConfigError, DataError
+from allreduce_spark.training.loops import DistributedOptimizer, broadcast
 from allreduce_spark.training.resume import Resume
 
 layers = keras.layers
@@ -214,6 +217,53 @@ def test_an_error_of_a_collective_within_a_step_comes_out_as_it_was_raised(fit_r
     monkeypatch.setattr(communicator, "allreduce", lose)
     with pytest.raises(CollectiveError, match=r"^rank 1 is gone$"):
         fit_ranks(model, parts, FitConfig(batch_size=8))
+
+
+def on_two_ranks(function, models):
+    communicators = LocalGroup(2, timeout_s=60).communicators
+
+    def call(communicator, model):
+        try:
+            return function(communicator, model)
+        except BaseException as error:
+            communicator.abort(repr(error))
+            raise
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return [
+            future.result() for future in [pool.submit(call, *pair) for pair in zip(communicators, models, strict=True)]
+        ]
+
+
+def test_a_loop_of_ones_own_averages_the_statistics_of_a_model_that_is_given():
+    models, x = [normalized(), normalized()], dense_data((8, 8))
+    models[1].get_layer("moving").set_weights([w + 1 for w in models[1].get_layer("moving").get_weights()])
+
+    def train(communicator, model):
+        broadcast(model, communicator)
+        optimizer = DistributedOptimizer(keras.optimizers.SGD(0.1), communicator, model=model)
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=keras.backend.backend() == "jax")
+        kernel, bias = model.layers[0].get_weights()
+        model.fit(*x[communicator.rank], batch_size=8, verbose=0)
+        return (x[communicator.rank][0] @ kernel + bias).mean(axis=0), model.get_weights()
+
+    (first, weights), (second, others) = on_two_ranks(train, models)
+    for ours, theirs in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    moving = models[0].get_layer("moving").moving_mean.numpy()
+    np.testing.assert_allclose(moving, 0.5 * (first + second) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_scaling_the_loss_around_a_distributed_optimizer_is_refused_in_the_first_step():
+    models = [normalized(), normalized()]
+
+    def train(communicator, model):
+        optimizer = keras.optimizers.LossScaleOptimizer(DistributedOptimizer(keras.optimizers.SGD(), communicator))
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=keras.backend.backend() == "jax")
+        model.fit(*dense_data((8,))[0], verbose=0)
+
+    with pytest.raises(ConfigError, match=r"LossScaleOptimizer\(optimizer\), communicator"):
+        on_two_ranks(train, models)
 
 
 def test_what_the_backend_cannot_do_is_refused_on_the_driver():
