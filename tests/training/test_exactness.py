@@ -255,6 +255,17 @@ def test_a_loss_that_returns_one_number_that_is_no_mean_over_rows_is_refused(fit
         fit_ranks(model, dense_data((8, 8), weights=weights), FitConfig(batch_size=8))
 
 
+def test_steps_that_are_no_graphs_are_those_of_one_process(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(3, use_bias=False)]
+    )  # one gradient, which comes alone
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)  # one denominator
+    model.compile("sgd", loss, run_eagerly=True)
+    parts, config = dense_data(SIZES[2]), FitConfig(epochs=1, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
 def test_the_losses_of_rows_are_computed_once(fit_ranks):
     calls = []
 

@@ -57,6 +57,9 @@ class KerasBackend(Protocol):
     def dataset(self, read: Callable[[int], tuple[Any, ...]], steps: int) -> Any:
         """What Keras's `fit` and `evaluate` take for the batches `read(0)`, ..., `read(steps - 1)`, read anew in each epoch."""
 
+    def runs_at_once(self) -> bool:
+        """Whether what is called now runs now, with tensors that are copies of arrays, rather than becoming part of a graph."""
+
     def widest_float(self) -> str:
         """Of the types that a tensor can have, by its name."""
 

@@ -22,6 +22,7 @@ __all__ = [
     "build_metrics",
     "dataset",
     "reduce_in_graph",
+    "runs_at_once",
     "view",
     "wait_for_step",
     "widest_float",
@@ -51,11 +52,13 @@ class ProgramOrder:
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = graph is not None and graph is self._graph
         with tf.control_dependencies(self._last if known else []):
-            outputs = list(tf.numpy_function(function, inputs, [dtype for _, dtype in results]))
-        self._graph, self._last = graph, outputs[:1]
+            outputs = tf.numpy_function(function, inputs, [dtype for _, dtype in results])
+        if tf.is_tensor(outputs):  # without a graph, one that is alone comes so
+            outputs = [outputs]
+        self._graph, self._last = graph, list(outputs[:1])
         for tensor, (shape, _) in zip(outputs, results, strict=True):
             tensor.set_shape(shape)
-        return outputs
+        return list(outputs)
 
 
 def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Dataset:
@@ -80,6 +83,10 @@ def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Datas
     # The all-reduce blocks one of TensorFlow's own threads; reading must not have to wait for it.
     options.threading.private_threadpool_size = 1
     return tf.data.Dataset.range(steps).map(tensors_of).prefetch(READ_AHEAD).with_options(options)
+
+
+def runs_at_once() -> bool:
+    return bool(tf.executing_eagerly())
 
 
 def widest_float() -> str:
