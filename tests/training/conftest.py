@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 from allreduce_spark.training.rank import Checkpointing, train
 from allreduce_spark.world import Membership, worlds_of
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `exactness`
 
 if keras.backend.backend() == "jax":
     import jax

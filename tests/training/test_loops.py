@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-
 import keras
 import numpy as np
 import pytest
+from exactness import on_ranks
 
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.errors import ConfigError
@@ -14,21 +13,6 @@ from allreduce_spark.training.__main__ import _cause
 from allreduce_spark.training.loops import DistributedOptimizer, broadcast, shard_dataset
 
 X = np.ones((8, 3), "float32")
-
-
-def on_ranks(function, *items):
-    """What `function(communicator, item)` returns on ranks that are threads, one for each item."""
-    communicators = LocalGroup(len(items), timeout_s=60).communicators
-
-    def call(communicator, item):
-        try:
-            return function(communicator, item)
-        except BaseException as error:
-            communicator.abort(repr(error))
-            raise
-
-    with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
-        return [f.result() for f in [pool.submit(call, *pair) for pair in zip(communicators, items, strict=True)]]
 
 
 @pytest.fixture
