@@ -73,7 +73,11 @@ def evaluate_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes])
         state = [value_of(variable) for variable in metric_variables(model)]
         model.reset_metrics()
         initial = [value_of(variable) for variable in metric_variables(model)]
-        return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
+        return PartitionMetrics(state, initial, keras.tree.map_structure(_first, batches[0]))
+
+
+def _first(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else array[:1]
 
 
 def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def fit_ranks(tmp_path):
         objects = custom_objects_of(model)
         spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(folder / f"probe{i}", part)))
         shards = [write_shard(folder / f"train{number}", part, spec) for number, part in enumerate(parts)]
-        empty = tuple(keras.tree.map_structure(lambda array: array[:0], part) for part in parts[0])
+        empty = tuple(keras.tree.map_structure(lambda a: None if a is None else a[:0], part) for part in parts[0])
         tests = [write_shard(folder / f"test{n}", p, spec) for n, p in enumerate(validation or [empty] * len(parts))]
         rows, validation_rows = tuple(map(len, shards)), tuple(map(len, tests))
         world_size = num_ranks or len(parts)

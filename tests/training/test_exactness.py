@@ -283,6 +283,33 @@ class OwnStep(keras.Model):
         return {"own_loss": loss}
 
 
+@keras.saving.register_keras_serializable("test_exactness")
+class WeighedStep(OwnStep):
+    """Reconstructs its input, of which some rows count for more; there are no labels."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        assert y is None
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(weight[:, None] * tf.square(self(x, training=True) - x[:, :3]))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"own_loss": loss}
+
+
+def test_rows_may_have_weights_and_no_labels(fit_ranks):
+    keras.utils.set_random_seed(8)
+    model = WeighedStep()
+    model(np.zeros((1, 8), "float32"))
+    model.compile("adam")
+    (x, _, weight), (other_x, _, other_weight) = dense_data((16, 16), weights=True)
+    ranks = fit_ranks(model, [(x, None, weight), (other_x, None, other_weight)], FitConfig(batch_size=8, shuffle=False))
+    # Plain Keras takes no such rows from a `PyDataset`: so one rank, with the same global batches.
+    both = [np.concatenate([a[:8], b[:8], a[8:], b[8:]]) for a, b in ((x, other_x), (weight, other_weight))]
+    assert_exact(ranks, fit_ranks(model, [(both[0], None, both[1])], FitConfig(batch_size=16, shuffle=False))[0])
+
+
 def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_reference):
     keras.utils.set_random_seed(8)
     model = OwnStep()

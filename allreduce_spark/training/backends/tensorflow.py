@@ -68,15 +68,20 @@ def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Datas
     busy on all its cores for a second now and then, and with it all other ranks (seen between training and validation).
     """
     example = read(0)
-    arrays = keras.tree.flatten(example)
+    leaves = keras.tree.flatten(example)  # None for labels that rows with weights do not have
+    arrays = [leaf for leaf in leaves if leaf is not None]
     types = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in arrays]
+
+    def arrays_of(step: np.integer[Any]) -> list[np.ndarray]:
+        return [leaf for leaf in keras.tree.flatten(read(int(step))) if leaf is not None]
 
     @tf.autograph.experimental.do_not_convert  # it would leave a file of generated code behind
     def tensors_of(step: tf.Tensor) -> Any:
-        tensors = tf.numpy_function(lambda number: keras.tree.flatten(read(int(number))), [step], types)
+        tensors = tf.numpy_function(arrays_of, [step], types)
         for tensor, array in zip(tensors, arrays, strict=True):
             tensor.set_shape((None, *array.shape[1:]))
-        return keras.tree.pack_sequence_as(example, tensors)
+        present = iter(tensors)
+        return keras.tree.pack_sequence_as(example, [None if leaf is None else next(present) for leaf in leaves])
 
     options = tf.data.Options()
     options.autotune.enabled = False
@@ -106,7 +111,8 @@ def build_metrics(model: keras.Model, batch: tuple[Any, ...]) -> None:
         model._symbolic_build(data_batch=batch)
     else:
         # A step of the user's own may do anything: trace it.
-        tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
+        tensors = keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
+        tf.function(model.train_step).get_concrete_function(tensors)
 
 
 def wait_for_step() -> None:
