@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["DistributedOptimizer", "broadcast", "shard_dataset"]
 
 _order = ours.ProgramOrder()  # of all optimizers of this rank: a step may apply several
+_SCALES_OUTSIDE = (
+    "with the policy mixed_float16 the ranks must skip the same steps: write "
+    "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), communicator)."
+)
 
 
 def DistributedOptimizer(
@@ -80,12 +85,6 @@ def DistributedOptimizer(
     return optimizer
 
 
-_SCALES_OUTSIDE = (
-    "with the policy mixed_float16 the ranks must skip the same steps: write "
-    "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer), communicator)."
-)
-
-
 def _refuse_to_be_scaled(optimizer: keras.optimizers.Optimizer) -> None:
     """Let `apply` raise where a `LossScaleOptimizer` calls it: after an overflow it would not, and the other ranks would wait.
 
@@ -94,10 +93,11 @@ def _refuse_to_be_scaled(optimizer: keras.optimizers.Optimizer) -> None:
     apply_anywhere = optimizer.apply
 
     def apply(grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None) -> Any:
-        frame = sys._getframe()
-        while frame := frame.f_back:  # type: ignore[assignment]  # None at the end
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
             if frame.f_globals.get("__name__") == keras.optimizers.LossScaleOptimizer.__module__:
                 raise ConfigError(_SCALES_OUTSIDE)
+            frame = frame.f_back
         return apply_anywhere(grads, trainable_variables)
 
     optimizer.apply = apply
