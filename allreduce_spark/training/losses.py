@@ -72,6 +72,8 @@ class GlobalLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         losses = self._loss.call(*keras.tree.map_structure(self._convert, (y_true, y_pred)))
+        if not hasattr(losses, "shape"):  # a number of Python's, such as 0.0 for an output that is not to count
+            return self._convert(losses)
         if len(losses.shape) == 0:
             self._check_is_mean(sample_weight)
             return self._convert(losses)

@@ -230,6 +230,23 @@ def test_a_loss_that_returns_one_number_that_is_no_mean_over_rows_is_refused(fit
         fit_ranks(model, dense_data((8, 8), weights=weights), FitConfig(batch_size=8))
 
 
+def nothing(y_true, y_pred):
+    return 0.0
+
+
+def test_an_output_may_not_count(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((8,))
+    hidden = keras.layers.Dense(4)(inputs)
+    outputs = {"counts": keras.layers.Dense(3, name="counts")(hidden), "shown": keras.layers.ReLU(name="shown")(hidden)}
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", {"counts": loss, "shown": nothing})
+    parts = [(x, {"counts": y, "shown": y}) for x, y in dense_data(SIZES[2])]
+    config = FitConfig(epochs=1, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
 def test_steps_that_are_no_graphs_are_those_of_one_process(fit_ranks, fit_reference):
     keras.utils.set_random_seed(1)
     model = keras.Sequential(
