@@ -23,7 +23,7 @@ for pickler in (cloudpickle, spark_cloudpickle):
 @pytest.fixture(autouse=True)
 def settings(spark: SparkSession):
     before = KerasSettings.here()
-    yield before
+    yield
     before.set()
 
 
@@ -68,7 +68,7 @@ def functional():
         (own, "float64", "float64", 1e-12),
     ],
 )
-def test_fits_and_workers_compute_with_the_types_of_plain_keras(spark, settings, build, policy, floatx, relative):
+def test_fits_and_workers_compute_with_the_types_of_plain_keras(spark, build, policy, floatx, relative):
     keras.config.set_floatx(floatx)
     keras.config.set_dtype_policy(policy)
     x, y = rows_of(96)
@@ -94,9 +94,12 @@ def test_fits_and_workers_compute_with_the_types_of_plain_keras(spark, settings,
     rows = transformer.setParams(outputType="array").transform(frame).collect()
     np.testing.assert_allclose([row["raw"] for row in rows], expected[:20], rtol=relative / 10, atol=relative / 10)
 
-    settings.set()
-    workers = spark.sparkContext.parallelize(range(4), 4).map(lambda _: KerasSettings.here())
-    assert workers.collect() == [KerasSettings.here()] * 4, "a worker goes on as it was"
+    types = spark.sparkContext.parallelize(range(4), 4).map(lambda _: (keras.config.floatx(), type_of_a_layer()))
+    assert types.collect() == [("float32", "float32")] * 4, "a worker goes on as it was"
+
+
+def type_of_a_layer() -> str:
+    return keras.layers.Dense(1).dtype_policy.name
 
 
 def look_around(communicator: Communicator) -> KerasSettings:
