@@ -16,6 +16,7 @@ from allreduce_spark.spark.resources import check_resources
 from allreduce_spark.training.checks import check_backends
 from allreduce_spark.training.function import FunctionJob
 from allreduce_spark.training.job import pickle_objects
+from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["run"]
 
@@ -36,6 +37,9 @@ def run(
 
     All ranks run or none does. If one fails, all are ended, and the first cause is raised here. What the function prints goes
     to the logger "allreduce_spark.rank" on the driver.
+
+    Keras is set up as it is here: backend, floatx, dtype policy, epsilon and image_data_format. Ranks stay equal in what the
+    function reduces or broadcasts, and in nothing else: `DistributedOptimizer` says what that is for it, and for callbacks.
 
     Args:
         function: Gets a `Communicator`, its rank's place among the others and its way to them; the rest is up to it. With
@@ -65,5 +69,7 @@ def run(
     engine = engine_for(resources=resources)
     wanted = engine.check_slots(None if num_ranks is None else check_num_ranks(num_ranks), timeouts)
     with scratch_folder() as folder:
-        engine.run(FunctionJob(call, timeouts), wanted, backend, max_restarts, folder, ranks_per_gpu)
+        engine.run(
+            FunctionJob(call, timeouts, KerasSettings.here()), wanted, backend, max_restarts, folder, ranks_per_gpu
+        )
         return [cloudpickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(wanted)]

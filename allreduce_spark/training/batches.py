@@ -106,8 +106,9 @@ class ShardBatches:
     """The batches of one rank: a sequence of (x[, y[, sample_weight]]), and what Keras reads of them.
 
     A batch holds those of the rank's shards, one after the other. A step to which they bring no row still yields a batch of one
-    row (a shard's first, or zeros), because layers are not made for empty batches. What is computed from it does not count:
-    `optimizer` weighs it with 0 rows and `callbacks` takes back what it did to the metrics.
+    row (a shard's first, or zeros), because layers are not made for empty batches; with JAX, which compiles a step for each
+    size of a batch, as many of them as the first step has rows. What is computed from it does not count: `optimizer` weighs it
+    with 0 rows and `callbacks` takes back what it did to the metrics.
 
     Args:
         shards: The rank's shards, by their number in the plan; y and sample_weight may be missing. At least one.
@@ -144,7 +145,8 @@ class ShardBatches:
         parts = [self._rows_of(shard, step) for shard in self._shards if self.plan.rows_of(shard, step)]
         if not parts:
             holder = next((shard for shard in self._shards.values() if len(shard)), None)
-            return _as_keras_batch(self.spec.zeros(1) if holder is None else holder.take([0]))
+            count = max(1, sum(self.plan.rows_of(shard, 0) for shard in self._shards)) if ours.IS_STATELESS else 1
+            return _as_keras_batch(self.spec.zeros(count) if holder is None else holder.take(np.zeros(count, np.int64)))
         return _as_keras_batch(parts[0] if len(parts) == 1 else keras.tree.map_structure(_joined, *parts))
 
     def dataset(self) -> Any:

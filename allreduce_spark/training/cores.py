@@ -26,18 +26,37 @@ def use_cores(threads: int) -> None:
 
 
 def warn_if_gpus_are_taken(environ: Mapping[str, str] = os.environ) -> None:
-    """Warn where TensorFlow takes nearly all memory of this process's GPUs. To be called where ranks use the same ones."""
-    if keras.backend.backend() != "tensorflow" or environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() == "true":
-        return
+    """Warn where TensorFlow or JAX takes nearly all memory of this process's GPUs. Call it where ranks use the same ones."""
+    taking = {"tensorflow": _tensorflow_takes_gpus, "jax": _jax_takes_gpus}.get(keras.backend.backend())
+    setting = None if taking is None else taking(environ)
+    if setting is not None:
+        name = {"tensorflow": "TensorFlow", "jax": "JAX"}[keras.backend.backend()]
+        warnings.warn(
+            f"{name} takes nearly all memory of the GPUs for this process, and its ranks, on the same machine, may find too "
+            f"little: set {setting} in the environment before {name} is imported.",
+            stacklevel=4,
+        )
+
+
+def _tensorflow_takes_gpus(environ: Mapping[str, str]) -> str | None:
+    """The setting that would prevent it; None where it does not."""
+    if environ.get("TF_FORCE_GPU_ALLOW_GROWTH", "").lower() == "true":
+        return None
     import tensorflow as tf
 
     gpus = tf.config.list_physical_devices("GPU")
-    if not all(tf.config.experimental.get_memory_growth(gpu) for gpu in gpus):
-        warnings.warn(
-            "TensorFlow takes nearly all memory of the GPUs for this process, and its ranks, on the same machine, may find too "
-            "little: set TF_FORCE_GPU_ALLOW_GROWTH=true in the environment before TensorFlow is imported.",
-            stacklevel=4,
-        )
+    grows = all(tf.config.experimental.get_memory_growth(gpu) for gpu in gpus)
+    return None if grows else "TF_FORCE_GPU_ALLOW_GROWTH=true"
+
+
+def _jax_takes_gpus(environ: Mapping[str, str]) -> str | None:
+    """The same. JAX takes GPUs when it computes for the first time, which the driver has done by now: it has a model."""
+    grows = environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") in ("false", "False", "0")
+    if grows or environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "").lower() == "platform":
+        return None
+    import jax
+
+    return "XLA_PYTHON_CLIENT_PREALLOCATE=false" if any(d.platform == "gpu" for d in jax.devices()) else None
 
 
 def _use_with_tensorflow(threads: int) -> None:

@@ -19,6 +19,7 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.backends import ours
 from allreduce_spark.training.cores import use_cores
+from allreduce_spark.training.settings import KerasSettings
 from allreduce_spark.training.watched import WatchedCommunicator, limited_by, open_within
 from allreduce_spark.world import World
 
@@ -35,21 +36,26 @@ class FunctionJob:
         call: (function, positional arguments, keyword arguments), by cloudpickle. It comes in the Spark closure, like all of
             the user's code, and never over a socket of ours.
         timeouts: Deadlines.
+        keras_settings: Those of Keras itself, as the driver has them.
     """
 
     call: bytes
     timeouts: Timeouts
+    keras_settings: KerasSettings
 
     def files(self) -> dict[str, bytes]:
         """File name -> content, for the agent to lay down."""
-        return {_CALL: self.call, _SETTINGS: json.dumps(dataclasses.asdict(self.timeouts)).encode()}
+        settings = {name: dataclasses.asdict(getattr(self, name)) for name in ("timeouts", "keras_settings")}
+        return {_CALL: self.call, _SETTINGS: json.dumps(settings).encode()}
 
     @classmethod
     def read(cls, folder: Path) -> FunctionJob | None:
         """The job that lies in a scratch folder; None where there is one of another kind."""
         if not (folder / _CALL).exists():
             return None
-        return cls((folder / _CALL).read_bytes(), Timeouts(**json.loads((folder / _SETTINGS).read_bytes())))
+        settings = json.loads((folder / _SETTINGS).read_bytes())
+        timeouts, keras_settings = Timeouts(**settings["timeouts"]), KerasSettings(**settings["keras_settings"])
+        return cls((folder / _CALL).read_bytes(), timeouts, keras_settings)
 
 
 def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int) -> None:
@@ -65,6 +71,7 @@ def run_function(job: FunctionJob, channel: Channel, folder: Path, threads: int)
     """
     status = StatusPage(folder / "status")
     use_cores(threads)
+    job.keras_settings.set()
     function, arguments, named = cloudpickle.loads(job.call)
     start = channel.receive(job.timeouts.start_s + job.timeouts.spool_s)
     status.write(Phase.INIT)

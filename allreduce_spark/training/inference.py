@@ -50,9 +50,10 @@ def predict_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) 
     batches = _batches(blocks, batch_size)
     if batches is None:
         return None
-    model = _model(packed, compiled=False)
-    check_inputs(model, batches.spec)
-    return model.predict(batches.dataset(), verbose=0)
+    with packed.keras_settings.in_force():
+        model = _model(packed, compiled=False)
+        check_inputs(model, batches.spec)
+        return model.predict(batches.dataset(), verbose=0)
 
 
 def evaluate_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> PartitionMetrics | None:
@@ -64,14 +65,19 @@ def evaluate_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes])
     batches = _batches(blocks, batch_size)
     if batches is None:
         return None
-    model = _model(packed, compiled=True)
-    check_labels(model, batches.spec)
-    check_inputs(model, batches.spec)
-    model.evaluate(batches.dataset(), verbose=0)
-    state = [value_of(variable) for variable in metric_variables(model)]
-    model.reset_metrics()
-    initial = [value_of(variable) for variable in metric_variables(model)]
-    return PartitionMetrics(state, initial, keras.tree.map_structure(lambda array: array[:1], batches[0]))
+    with packed.keras_settings.in_force():
+        model = _model(packed, compiled=True)
+        check_labels(model, batches.spec)
+        check_inputs(model, batches.spec)
+        model.evaluate(batches.dataset(), verbose=0)
+        state = [value_of(variable) for variable in metric_variables(model)]
+        model.reset_metrics()
+        initial = [value_of(variable) for variable in metric_variables(model)]
+        return PartitionMetrics(state, initial, keras.tree.map_structure(_first, batches[0]))
+
+
+def _first(array: np.ndarray | None) -> np.ndarray | None:
+    return None if array is None else array[:1]
 
 
 def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _model(packed: PackedModel, *, compiled: bool) -> keras.Model:
     """Load the model, once for all partitions that one Python worker works on."""
     global _last
     # A function of one name may have been written anew.
-    key = (hashlib.sha256(packed.archive + packed.objects).digest(), compiled)
+    key = (hashlib.sha256(packed.archive + packed.objects + packed.settings).digest(), compiled)
     if _last is None or _last[0] != key:
         if compiled:
             _last = (key, model_from_bytes(packed.archive, cloudpickle.loads(packed.objects)))

@@ -18,8 +18,9 @@ from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.backends import ours
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.settings import KerasSettings
 
-__all__ = ["Job", "check_arrival", "load_job", "make_job", "pickle_objects", "seed_variables"]
+__all__ = ["Job", "check_arrival", "load_job", "make_job", "pickle_objects", "precision_of", "seed_variables"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Job:
         seed_states: States of the model's random generators, as `seed_variables` orders them; may be empty.
         trainable: Whether each of the model's weights is trained, in their order; empty for a model that is not built.
         iterations: Steps that the optimizer has taken.
+        keras_settings: Those of Keras itself, which loading and training go by.
+        precision: Types of the weights and of what is computed with them, as `precision_of` says it; likewise empty.
         checkpoint: How often the state is saved; None where it is not.
         model_path: Where the archive lies, on the rank's side.
     """
@@ -49,6 +52,8 @@ class Job:
     seed_states: list[list[int]]
     trainable: list[bool]
     iterations: int
+    keras_settings: KerasSettings
+    precision: list[str]
     checkpoint: Checkpoint | None = None
     model_path: Path = Path(_MODEL)
 
@@ -60,6 +65,8 @@ class Job:
             "seed_states": self.seed_states,
             "trainable": self.trainable,
             "iterations": self.iterations,
+            "keras_settings": dataclasses.asdict(self.keras_settings),
+            "precision": self.precision,
             "checkpoint": None if self.checkpoint is None else self.checkpoint.to_json(),
         }
         return {_MODEL: self.model, _OBJECTS: self.objects, _SETTINGS: json.dumps(settings).encode()}
@@ -75,6 +82,8 @@ class Job:
             seed_states=settings["seed_states"],
             trainable=settings["trainable"],
             iterations=settings["iterations"],
+            keras_settings=KerasSettings(**settings["keras_settings"]),
+            precision=settings["precision"],
             checkpoint=None if settings["checkpoint"] is None else Checkpoint.from_json(settings["checkpoint"]),
             model_path=folder / _MODEL,
         )
@@ -98,16 +107,18 @@ def make_job(
     seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
     objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
     trainable = [bool(weight.trainable) for weight in model.weights]
-    iterations = int(model.optimizer.iterations.numpy())
-    return Job(model_to_bytes(model), objects, config, timeouts, seeds, trainable, iterations, checkpoint)
+    iterations, precision = int(model.optimizer.iterations.numpy()), precision_of(model)
+    archive, settings = model_to_bytes(model), KerasSettings.of(model)
+    return Job(archive, objects, config, timeouts, seeds, trainable, iterations, settings, precision, checkpoint)
 
 
 def load_job(job: Job) -> tuple[keras.Model, list[keras.callbacks.Callback]]:
-    """The model, compiled, and the callbacks, from where the job was read.
+    """The model, compiled, and the callbacks, from where the job was read. Keras's settings are the driver's from here on.
 
     Raises:
         ConfigError: Keras cannot load the model here.
     """
+    job.keras_settings.set()
     custom_objects, callbacks = cloudpickle.loads(job.objects)
     return load_model(job.model_path, custom_objects), callbacks
 
@@ -125,12 +136,33 @@ def check_arrival(model: keras.Model, job: Job) -> None:
             f"`trainable` of {different[:5]} was set after the model was made, and its class does not save that, so the "
             "ranks would train other weights. Set it in the constructor of the model, or use a functional model."
         )
+    other = [
+        f"{weight.path} ({here}, there {there})"
+        for weight, here, there in zip(model.weights, precision_of(model), job.precision, strict=False)
+        if here != there
+    ]
+    if other:
+        raise ConfigError(
+            f"layers arrived on the executors with other types than they have on the driver: {'; '.join(other[:3])}. They were "
+            f"made under another policy than that of the model, {model.dtype_policy.name!r}: set one for all with "
+            "keras.config.set_dtype_policy before the model is made, or give these layers theirs as dtype=..."
+        )
     iterations = int(model.optimizer.iterations.numpy())
     if iterations != job.iterations:
         raise ConfigError(
             f"the optimizer has taken {job.iterations} steps, but arrived on the executors with {iterations}: Keras could "
             "not restore its state. Compile the model again to start with a new state."
         )
+
+
+def precision_of(model: keras.Model) -> list[str]:
+    """Of each of the model's weights, in their order: its type, and the policy of its layer."""
+    policies = {
+        id(weight): layer.dtype_policy.name
+        for layer in model._flatten_layers()
+        for weight in (*layer._trainable_variables, *layer._non_trainable_variables)
+    }
+    return [f"{weight.dtype} in {policies.get(id(weight), model.dtype_policy.name)}" for weight in model.weights]
 
 
 def pickle_objects(objects: Any) -> bytes:

@@ -9,6 +9,9 @@ Three kinds are not, and `GlobalLoss` corrects each in the forward pass, so that
 
 With numerator N_r and denominator D_r of rank r, and R the rows of all ranks, the corrected loss is
 `N_r * R / (rows_r * sum(D))`: weighed by rows and divided by R, the sum over the ranks is `sum(N) / sum(D)`.
+
+A loss that returns one number for a batch has reduced it already. It is taken for a mean over the rows, which is what most are;
+where it cannot be that, it is refused.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from typing import Any
 import keras
 import numpy as np
 from keras.src.backend import get_keras_mask
+from keras.src.losses.loss import reduce_weighted_values
 
 from allreduce_spark.communicator.base import Communicator
+from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.backends import Order, ours
 from allreduce_spark.training.optimizer import StepRows
 
@@ -55,7 +60,10 @@ def globalize_losses(model: keras.Model, communicator: Communicator, rows: StepR
 class GlobalLoss(keras.losses.Loss):
     """A Keras loss that divides by the denominator of the global batch, where that is not the number of rows.
 
-    Everywhere else it is the wrapped loss itself: nothing is computed, and no message sent.
+    Everywhere else it is the wrapped loss itself: nothing else is computed, and no message sent.
+
+    Raises:
+        ConfigError: The loss returns one number for a batch, and rows are to be added up, or have weights.
     """
 
     def __init__(self, loss: keras.losses.Loss, communicator: Communicator, rows: StepRows, order: Order) -> None:
@@ -64,12 +72,17 @@ class GlobalLoss(keras.losses.Loss):
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         losses = self._loss.call(*keras.tree.map_structure(self._convert, (y_true, y_pred)))
+        if not hasattr(losses, "shape"):  # a number of Python's, such as 0.0 for an output that is not to count
+            return self._convert(losses)
+        if len(losses.shape) == 0:
+            self._check_is_mean(sample_weight)
+            return self._convert(losses)
         masks = [m for m in (get_keras_mask(y_pred), get_keras_mask(losses)) if m is not None]
         weighted = self.reduction == "mean_with_sample_weight" and sample_weight is not None
         if not masks and not weighted and self.reduction != "sum":
-            return self._loss(y_true, y_pred, sample_weight)
+            return reduce_weighted_values(losses, sample_weight, None, self.reduction, self.dtype)
 
-        losses = keras.ops.convert_to_tensor(losses, dtype=self.dtype)
+        losses = self._convert(losses)
         weights = None if sample_weight is None else keras.ops.cast(sample_weight, losses.dtype)
         valid = None
         for mask in masks:
@@ -88,6 +101,14 @@ class GlobalLoss(keras.losses.Loss):
             mask_size = keras.ops.cast(keras.ops.prod(keras.ops.shape(valid)), losses.dtype)
             denominator = keras.ops.sum(valid) * size / mask_size
         return numerator * self._correction(denominator, losses.dtype)
+
+    def _check_is_mean(self, sample_weight: Any) -> None:
+        if self.reduction == "sum" or sample_weight is not None:
+            why = "reduction='sum' asks for their sum" if self.reduction == "sum" else "the rows have weights"
+            raise ConfigError(
+                f"the loss {self.name!r} returns one number for a batch, but {why}, so it would depend on the number of ranks. "
+                "Let it return one for each row: keras.ops.mean(..., axis=-1)."
+            )
 
     def _convert(self, value: Any) -> Any:
         return keras.ops.convert_to_tensor(value, dtype=self.dtype)

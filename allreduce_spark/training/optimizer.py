@@ -96,21 +96,26 @@ def distribute(
 
 
 def distribute_steps(
-    model: keras.Model, communicator: Communicator, rows: StepRows, order: Order
+    model: keras.Model,
+    communicator: Communicator,
+    rows: StepRows,
+    order: Order,
+    optimizer: keras.optimizers.Optimizer | None = None,
 ) -> GradientReducer | None:
     """Make the training steps of a model reduce, over the ranks, its gradients and what else they move.
 
     Args:
-        model: Compiled and built.
+        model: Built.
         communicator, rows, order: As for `distribute`.
+        optimizer: What the model is, or will be, compiled with; None for the one that it has.
 
     Returns:
         What reduces the moving variables; None where there is one rank.
     """
-    moving = moving_variables(model)
+    optimizer, moving = optimizer or model.optimizer, moving_variables(model)
     if not ours.IS_STATELESS or not moving:
-        return distribute(model.optimizer, communicator, rows, moving, order)
-    if distribute(model.optimizer, communicator, rows, order=order) is None:
+        return distribute(optimizer, communicator, rows, moving, order)
+    if distribute(optimizer, communicator, rows, order=order) is None:
         return None
     reduce, step = GradientReducer(communicator, rows, moving, order), model.train_step
     known = {id(variable): place for place, variable in enumerate(model.non_trainable_variables)}
@@ -165,6 +170,7 @@ class GradientReducer:
     ) -> None:
         self._communicator, self._rows, self._moving = communicator, rows, list(moving)
         self._order = order or ours.ProgramOrder()
+        self._buffers = _Buffers()  # of steps that run as they are written
         # In float32 at least: the small steps of a half-precision variable would be lost in its own type.
         values = [variable.numpy() for variable in moving]
         self._moving_before = [np.array(value, np.promote_types(value.dtype, np.float32)) for value in values]
@@ -204,7 +210,8 @@ class GradientReducer:
         results += [((None, *tensor.shape[1:]), tensor.dtype) for tensor in [*values, *indices]]
         counts = (len(by_numpy), len(moving), len(sparse))
 
-        buffers = _Buffers()  # of this call: a step may apply other gradients elsewhere
+        # A graph keeps its own: what it was given may still be in use when another place in it calls.
+        buffers = self._buffers if ours.runs_at_once() else _Buffers()
         outputs = (
             self._order.call(lambda *arrays: self._reduce(arrays, counts, buffers), inputs, results) if inputs else []
         )
@@ -251,15 +258,19 @@ class GradientReducer:
 
 
 class _Buffers:
-    """Two flat buffers by turns: the backend may still hold views of the last step's while this one's is being filled."""
+    """Two flat buffers by turns: the backend may still hold views of the last step's while this one's is being filled.
+
+    Two for arrays of the same shapes and types; a step may apply other gradients elsewhere.
+    """
 
     def __init__(self) -> None:
-        self._turns: itertools.cycle[FlatBuffer] | None = None
+        self._turns: dict[Any, itertools.cycle[FlatBuffer]] = {}
 
     def next(self, arrays: Sequence[np.ndarray]) -> FlatBuffer:
-        if self._turns is None:
-            self._turns = itertools.cycle([FlatBuffer(arrays), FlatBuffer(arrays)])
-        return next(self._turns)
+        key = tuple((array.shape, array.dtype) for array in arrays)
+        if key not in self._turns:
+            self._turns[key] = itertools.cycle([FlatBuffer(arrays), FlatBuffer(arrays)])
+        return next(self._turns[key])
 
 
 def _split(items: Sequence[Any], counts: tuple[int, int, int]) -> tuple[list[Any], list[Any], list[Any], list[Any]]:

@@ -17,6 +17,7 @@ import numpy as np
 from allreduce_spark.training.job import pickle_objects
 from allreduce_spark.training.models.layout import outputs_in_order, outputs_of, sub_model
 from allreduce_spark.training.models.model_bytes import custom_objects_of, keras_lock, model_to_bytes
+from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["PackedModel", "Scorer", "load_uncompiled", "pack", "scorer_of", "state_of"]
 
@@ -30,10 +31,17 @@ class PackedModel:
     Attributes:
         archive: The `.keras` archive.
         objects: The custom objects, by cloudpickle.
+        settings: Keras's settings for it, as JSON.
     """
 
     archive: bytes = field(repr=False)
     objects: bytes = field(repr=False)
+    settings: bytes
+
+    @property
+    def keras_settings(self) -> KerasSettings:
+        """To be in force wherever the model is loaded and used."""
+        return KerasSettings.from_json(self.settings)
 
 
 def pack(model: keras.Model, custom_objects: Mapping[str, Any] | None = None) -> PackedModel:
@@ -45,7 +53,8 @@ def pack(model: keras.Model, custom_objects: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: Keras cannot save it, or its code cannot be sent.
     """
-    return PackedModel(model_to_bytes(model), pickle_objects({**custom_objects_of(model), **(custom_objects or {})}))
+    objects = pickle_objects({**custom_objects_of(model), **(custom_objects or {})})
+    return PackedModel(model_to_bytes(model), objects, KerasSettings.of(model).to_json().encode())
 
 
 def state_of(model: keras.Model) -> str:
@@ -66,7 +75,9 @@ class Scorer:
     """
 
     def __init__(self, packed: PackedModel, layer: str, *, with_outputs: bool) -> None:
-        model = load_uncompiled(packed)
+        self._settings = packed.keras_settings
+        with self._settings.in_force():
+            model = load_uncompiled(packed)
         self._outputs = [slot.name for slot in outputs_of(model) or ()]
         # Keras takes a list for a list of inputs only in its order; models of which it knows no inputs say names themselves.
         self._takes_list = bool(layer) or (bool(getattr(model, "inputs", None)) and not _is_dict(model))
@@ -87,7 +98,8 @@ class Scorer:
             (x,) = arrays.values()
         elif self._takes_list:
             x = list(arrays.values())
-        result = self._model.predict_on_batch(x)
+        with self._settings.in_force():
+            result = self._model.predict_on_batch(x)
         if not self._layer:
             return outputs_in_order(result, self._outputs), None
         results = outputs_in_order(result, ())

@@ -100,7 +100,22 @@ def test_a_driver_that_leaves_no_memory_to_its_ranks_is_warned(monkeypatch: pyte
         cores.warn_if_gpus_are_taken({})
         growth["GPU:1"] = False
         cores.warn_if_gpus_are_taken({"TF_FORCE_GPU_ALLOW_GROWTH": "true"})
-    with pytest.warns(UserWarning, match="TF_FORCE_GPU_ALLOW_GROWTH=true"):
+    with pytest.warns(UserWarning, match="TensorFlow takes nearly .* set TF_FORCE_GPU_ALLOW_GROWTH=true"):
+        cores.warn_if_gpus_are_taken({})
+
+
+def test_a_driver_on_jax_is_warned_likewise(monkeypatch: pytest.MonkeyPatch) -> None:
+    platforms = ["cpu"]
+    jax = SimpleNamespace(devices=lambda: [SimpleNamespace(platform=platform) for platform in platforms])
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cores.warn_if_gpus_are_taken({})
+        platforms.append("gpu")
+        cores.warn_if_gpus_are_taken({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+        cores.warn_if_gpus_are_taken({"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"})
+    with pytest.warns(UserWarning, match="JAX takes nearly .* set XLA_PYTHON_CLIENT_PREALLOCATE=false"):
         cores.warn_if_gpus_are_taken({})
 
 

@@ -36,6 +36,7 @@ from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankF
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.spark.connect import driver
 from allreduce_spark.spark.connect.stage import outcome_of
+from allreduce_spark.training.settings import KerasSettings
 
 pytest.importorskip("grpc_status", reason="the client of Spark Connect is missing: pip install 'pyspark[connect]'")
 pytestmark = [
@@ -214,6 +215,41 @@ def test_frames_are_trained_validated_evaluated_and_predicted_as_with_a_classic_
         np.testing.assert_allclose(spark_model.predict(data), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
     with pytest.raises(DataError, match="the data has no rows"):
         spark_model.predict(frame.limit(0))
+
+
+class OwnLayers(keras.Model):
+    """Makes its layer in the constructor, of whatever type is the usual one where it is called."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.dense = keras.layers.Dense(1)
+
+    def call(self, x: Any) -> Any:
+        return self.dense(x)
+
+
+def test_ranks_and_workers_compute_with_the_types_of_the_client(session: SparkSession) -> None:
+    before = KerasSettings.here()
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        x, models = np.random.default_rng(0).normal(size=(64, 3)), []
+        for _ in range(2):
+            keras.utils.set_random_seed(1)
+            models.append(OwnLayers())
+            models[-1](x)
+            models[-1].compile("sgd", "mse")
+        ours, expected = models
+        expected.fit(x, x[:, :1], batch_size=16, shuffle=False, verbose=0)
+        model = SparkModel(ours, num_ranks=2)
+        model.fit((x, x[:, :1]), batch_size=8, shuffle=False, verbose=0)
+        predictions, loss = model.predict(x), model.evaluate((x, x[:, :1]))["loss"]
+        assert predictions.dtype == np.float64
+        np.testing.assert_allclose(predictions, expected.predict(x, verbose=0), rtol=1e-12)
+        assert loss == pytest.approx(expected.evaluate(x, x[:, :1], verbose=0), rel=1e-12)
+        assert run(lambda communicator: KerasSettings.here()) == [KerasSettings.here()] * 2
+    finally:
+        before.set()
 
 
 def test_structures_of_outputs_and_the_order_of_many_blocks_come_through(session: SparkSession) -> None:

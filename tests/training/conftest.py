@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation
 from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
 from allreduce_spark.training.rank import Checkpointing, train
 from allreduce_spark.world import Membership, worlds_of
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `exactness`
 
 if keras.backend.backend() == "jax":
     import jax
@@ -140,7 +143,7 @@ def fit_ranks(tmp_path):
         objects = custom_objects_of(model)
         spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(folder / f"probe{i}", part)))
         shards = [write_shard(folder / f"train{number}", part, spec) for number, part in enumerate(parts)]
-        empty = tuple(keras.tree.map_structure(lambda array: array[:0], part) for part in parts[0])
+        empty = tuple(keras.tree.map_structure(lambda a: None if a is None else a[:0], part) for part in parts[0])
         tests = [write_shard(folder / f"test{n}", p, spec) for n, p in enumerate(validation or [empty] * len(parts))]
         rows, validation_rows = tuple(map(len, shards)), tuple(map(len, tests))
         world_size = num_ranks or len(parts)

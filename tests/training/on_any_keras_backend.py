@@ -8,34 +8,21 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from exactness import RELATIVE, assert_exact, assert_same_history, dense_data, on_ranks
 
 from allreduce_spark.communicator.local import LocalGroup
 from allreduce_spark.config import Checkpoint, FitConfig
 from allreduce_spark.errors import CollectiveError, ConfigError, DataError
+from allreduce_spark.training.batches import BatchPlan, ShardBatches
+from allreduce_spark.training.loops import DistributedOptimizer, broadcast
 from allreduce_spark.training.resume import Resume
 
 layers = keras.layers
 
 
-def assert_exact(ranks, reference, relative=1e-5):
-    assert ranks[0].digests
-    assert all(rank.digests == ranks[0].digests for rank in ranks), "the ranks hold different bits"
-    for variable, ours, theirs in zip(reference.model.weights, ranks[0].weights, reference.weights, strict=True):
-        distance = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8)
-        assert distance < relative, f"{variable.path} is {distance:.2g} away from one process's"
-    assert all(rank.history == ranks[0].history for rank in ranks)
-    assert ranks[0].history.keys() == reference.history.keys()
-    for name, values in reference.history.items():
-        np.testing.assert_allclose(ranks[0].history[name], values, rtol=relative, atol=1e-7, err_msg=name)
-
-
-def dense_data(sizes, seed=0):
-    chance = np.random.default_rng(seed)
-    parts = []
-    for size in sizes:
-        x = chance.normal(size=(size, 8)).astype("float32")
-        parts.append((x, (x[:, 0] + 2 * x[:, 1] > chance.normal(size=size)).astype("int64")))
-    return parts
+def assert_same_fit(ranks, reference, relative=RELATIVE):
+    assert_exact(ranks, reference, relative)
+    assert_same_history(ranks, reference, relative)
 
 
 def tagger():
@@ -66,7 +53,7 @@ def tagged(sizes, seed):
 def test_ranks_on_uneven_shards_end_where_one_process_ends_also_with_losses_that_are_no_mean(fit_ranks, fit_reference):
     model, config = tagger(), FitConfig(epochs=2, batch_size=8, seed=7)
     parts = tagged((16, 0, 9), seed=6)
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    assert_same_fit(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
 
 def test_weights_of_rows_and_validation_and_metrics_that_are_no_mean_are_those_of_one_process(fit_ranks, fit_reference):
@@ -77,7 +64,7 @@ def test_weights_of_rows_and_validation_and_metrics_that_are_no_mean_are_those_o
     model.compile("adam", "binary_crossentropy", metrics=[keras.metrics.AUC(), keras.metrics.F1Score(threshold=0.5)])
     parts = [(x, y.reshape(-1, 1).astype("f4")) for x, y in dense_data((24, 0, 9))]
     config = FitConfig(epochs=2, batch_size=8, validation_split=0.3, class_weight={0: 0.3, 1: 2.5})
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    assert_same_fit(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
 
 def normalized(policy=None):
@@ -106,7 +93,7 @@ def test_an_overflow_on_one_rank_makes_all_skip_the_step_and_scale_the_loss_as_o
     parts[1][1][13] = 1e5  # on rank 1, in the second step of each epoch: its gradient is more than float16 can hold
     config = FitConfig(epochs=3, batch_size=8, shuffle=False)
     ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
-    assert_exact(ranks, reference, relative=2e-2)
+    assert_same_fit(ranks, reference, relative=2e-2)
     optimizers = [fitted.model.optimizer for fitted in (*ranks, reference)]
     assert [int(each.inner_optimizer.iterations) for each in optimizers] == [3 * (5 - 1)] * 3, "one of five is skipped"
     (scale,) = {float(each.dynamic_scale) for each in optimizers}
@@ -145,7 +132,7 @@ def test_steps_of_each_rank_alone_end_in_one_model(fit_ranks, fit_reference):
     model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "sparse_categorical_crossentropy", metrics=["accuracy"])
     parts = dense_data((29, 0, 11))
     config = FitConfig(epochs=3, batch_size=32, sync_every="epoch")  # one step holds a whole shard
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    assert_same_fit(fit_ranks(model, parts, config), fit_reference(model, parts, config))
     ranks = fit_ranks(normalized(), parts, FitConfig(epochs=1, batch_size=4, sync_every=3))
     assert all(rank.digests == ranks[0].digests for rank in ranks)
 
@@ -198,7 +185,7 @@ def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_referenc
     model(np.zeros((1, 8), "float32"))
     model.compile("adam")
     parts, config = dense_data((13, 9)), FitConfig(epochs=2, batch_size=8)
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    assert_same_fit(fit_ranks(model, parts, config), fit_reference(model, parts, config))
 
 
 def test_an_error_of_a_collective_within_a_step_comes_out_as_it_was_raised(fit_ranks, monkeypatch):
@@ -214,6 +201,45 @@ def test_an_error_of_a_collective_within_a_step_comes_out_as_it_was_raised(fit_r
     monkeypatch.setattr(communicator, "allreduce", lose)
     with pytest.raises(CollectiveError, match=r"^rank 1 is gone$"):
         fit_ranks(model, parts, FitConfig(batch_size=8))
+
+
+def test_a_loop_of_ones_own_averages_the_statistics_of_a_model_that_is_given():
+    models, x = [normalized(), normalized()], dense_data((8, 8))
+    models[1].get_layer("moving").set_weights([w + 1 for w in models[1].get_layer("moving").get_weights()])
+
+    def train(communicator, model):
+        broadcast(model, communicator)
+        optimizer = DistributedOptimizer(keras.optimizers.SGD(0.1), communicator, model=model)
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=keras.backend.backend() == "jax")
+        kernel, bias = model.layers[0].get_weights()
+        model.fit(*x[communicator.rank], batch_size=8, verbose=0)
+        return (x[communicator.rank][0] @ kernel + bias).mean(axis=0), model.get_weights()
+
+    (first, weights), (second, others) = on_ranks(train, *models)
+    for ours, theirs in zip(weights, others, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    moving = models[0].get_layer("moving").moving_mean.numpy()
+    np.testing.assert_allclose(moving, 0.5 * (first + second) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_scaling_the_loss_around_a_distributed_optimizer_is_refused_in_the_first_step():
+    models = [normalized(), normalized()]
+
+    def train(communicator, model):
+        optimizer = keras.optimizers.LossScaleOptimizer(DistributedOptimizer(keras.optimizers.SGD(), communicator))
+        model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=keras.backend.backend() == "jax")
+        model.fit(*dense_data((8,))[0], verbose=0)
+
+    with pytest.raises(ConfigError, match=r"LossScaleOptimizer\(optimizer\), communicator"):
+        on_ranks(train, *models)
+
+
+def test_a_step_without_rows_has_the_batch_that_has_been_compiled_where_each_would_be_compiled_anew(write_shard):
+    (part,) = dense_data((13,))
+    batches = ShardBatches({1: write_shard(part)}, BatchPlan((40, 13), 8, 2))
+    padding = 8 if keras.backend.backend() == "jax" else 1
+    assert [len(batches[step][0]) for step in range(len(batches))] == [8, 5, padding, padding, padding]
+    np.testing.assert_array_equal(batches[4][0], np.repeat(part[0][:1], padding, axis=0))
 
 
 def test_what_the_backend_cannot_do_is_refused_on_the_driver():

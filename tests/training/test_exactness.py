@@ -5,36 +5,12 @@ from __future__ import annotations
 import keras
 import numpy as np
 import pytest
+from exactness import assert_exact, assert_same_history, dense_data
 
 from allreduce_spark.config import FitConfig
+from allreduce_spark.errors import ConfigError
 
 SIZES = {1: (37,), 2: (29, 18), 3: (31, 3, 14), 4: (17, 0, 26, 9)}
-RELATIVE = 1e-5
-
-
-def assert_exact(ranks, reference, relative=RELATIVE):
-    assert ranks[0].digests, "no epoch was trained"
-    for rank in ranks[1:]:
-        assert rank.digests == ranks[0].digests
-    for variable, ours, theirs in zip(reference.model.weights, ranks[0].weights, reference.weights, strict=True):
-        distance = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-8)
-        assert distance < relative, f"{variable.path} is {distance:.2g} away from one process's"
-
-
-def assert_same_history(ranks, reference, relative=1e-5):
-    assert ranks[0].history.keys() == reference.history.keys()
-    for name, values in reference.history.items():
-        np.testing.assert_allclose(ranks[0].history[name], values, rtol=relative, atol=1e-7, err_msg=name)
-
-
-def dense_data(sizes, seed=0, weights=False):
-    chance = np.random.default_rng(seed)
-    parts = []
-    for size in sizes:
-        x = chance.normal(size=(size, 8)).astype("float32")
-        y = (x[:, 0] + 2 * x[:, 1] > chance.normal(size=size)).astype("int64")
-        parts.append((x, y, chance.uniform(0.1, 3, size).astype("float32")) if weights else (x, y))
-    return parts
 
 
 def mlp(optimizer="sgd", loss="sparse_categorical_crossentropy", metrics=("accuracy",), **layer_arguments):
@@ -166,16 +142,16 @@ def test_sparse_gradients_are_clipped_as_one_process_clips_them(fit_ranks, fit_r
 
 def test_sample_weights_class_weights_and_l2_losses_count_as_in_one_process(fit_ranks, fit_reference):
     config = FitConfig(epochs=2, batch_size=8)
-    model = mlp(
-        metrics=["accuracy", keras.metrics.AUC(name="none")][:1], kernel_regularizer="l2", activity_regularizer="l2"
-    )
+    model = mlp(kernel_regularizer="l2", activity_regularizer="l2")
     parts = dense_data(SIZES[3], weights=True)
     ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
     assert_exact(ranks, reference)
     assert_same_history(ranks, reference)
     config = FitConfig(epochs=2, batch_size=8, class_weight={0: 0.3, 1: 2.5})
     parts = dense_data(SIZES[4])
-    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "mean_with_sample_weight"])
@@ -214,6 +190,87 @@ def test_masked_outputs_count_valid_entries_over_all_ranks(fit_ranks, fit_refere
     np.testing.assert_allclose(ranks[0].history["loss"], reference.history["loss"], rtol=1e-5)
 
 
+def mean_of_valid_entries(y_true, y_pred):
+    """One number for a batch: a mean over rows, each of the mean of its valid entries."""
+    valid = keras.ops.cast(keras.ops.not_equal(y_true, -1), y_pred.dtype)
+    squares = keras.ops.square(y_true - y_pred) * valid
+    return keras.ops.mean(keras.ops.sum(squares, axis=1) / keras.ops.sum(valid, axis=1))
+
+
+def test_a_loss_that_returns_one_number_is_a_mean_over_rows_also_for_masked_outputs(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(5)
+    tokens = keras.Input((6,), dtype="int32")
+    hidden = keras.layers.LSTM(8, return_sequences=True)(keras.layers.Embedding(20, 4, mask_zero=True)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(1)(hidden))
+    model.compile(keras.optimizers.SGD(0.1), mean_of_valid_entries)
+    chance = np.random.default_rng(6)
+    parts = []
+    for size in SIZES[3]:
+        valid = np.arange(6) < chance.integers(1, 7, size)[:, None]
+        x = np.where(valid, chance.integers(1, 20, (size, 6)), 0)
+        parts.append((x, np.where(valid, chance.normal(size=(size, 6)), -1).astype("f4")))
+    config = FitConfig(epochs=2, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference)
+    assert_same_history(ranks, reference)
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class OneNumber(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_pred[:, 0] - y_true))
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weights", "why"), [("sum", False, "asks for their sum"), ("mean", True, "the rows have weights")]
+)
+def test_a_loss_that_returns_one_number_that_is_no_mean_over_rows_is_refused(fit_ranks, reduction, weights, why):
+    model = mlp(loss=OneNumber(reduction=reduction), metrics=())
+    with pytest.raises(ConfigError, match=f"returns one number for a batch, but .*{why}.*axis=-1"):
+        fit_ranks(model, dense_data((8, 8), weights=weights), FitConfig(batch_size=8))
+
+
+def nothing(y_true, y_pred):
+    return 0.0
+
+
+def test_an_output_may_not_count(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(1)
+    inputs = keras.Input((8,))
+    hidden = keras.layers.Dense(4)(inputs)
+    outputs = {"counts": keras.layers.Dense(3, name="counts")(hidden), "shown": keras.layers.ReLU(name="shown")(hidden)}
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", {"counts": loss, "shown": nothing})
+    parts = [(x, {"counts": y, "shown": y}) for x, y in dense_data(SIZES[2])]
+    config = FitConfig(epochs=1, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_steps_that_are_no_graphs_are_those_of_one_process(fit_ranks, fit_reference):
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(3, use_bias=False)]
+    )  # one gradient, which comes alone
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=1)  # one denominator
+    model.compile("sgd", loss, run_eagerly=True)
+    parts, config = dense_data(SIZES[2]), FitConfig(epochs=1, batch_size=8)
+    assert_exact(fit_ranks(model, parts, config), fit_reference(model, parts, config))
+
+
+def test_the_losses_of_rows_are_computed_once(fit_ranks):
+    calls = []
+
+    def absolute(y_true, y_pred):
+        calls.append(1)
+        return keras.ops.mean(keras.ops.abs(y_true[:, None] - y_pred), axis=-1)
+
+    model = mlp()
+    model.compile("sgd", absolute, run_eagerly=True)
+    fit_ranks(model, dense_data((16, 16)), FitConfig(batch_size=8))
+    assert len(calls) == 2 * 2  # on each rank, in each step
+
+
 def test_ignored_classes_count_over_all_ranks(fit_ranks, fit_reference):
     model = mlp(loss=keras.losses.SparseCategoricalCrossentropy(ignore_class=1))
     parts, config = dense_data(SIZES[3]), FitConfig(epochs=2, batch_size=8)
@@ -241,6 +298,33 @@ class OwnStep(keras.Model):
         gradients = tape.gradient(loss, self.trainable_variables)
         self.optimizer.apply_gradients(zip(gradients, self.trainable_variables, strict=True))
         return {"own_loss": loss}
+
+
+@keras.saving.register_keras_serializable("test_exactness")
+class WeighedStep(OwnStep):
+    """Reconstructs its input, of which some rows count for more; there are no labels."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        assert y is None
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(weight[:, None] * tf.square(self(x, training=True) - x[:, :3]))
+        self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+        return {"own_loss": loss}
+
+
+def test_rows_may_have_weights_and_no_labels(fit_ranks):
+    keras.utils.set_random_seed(8)
+    model = WeighedStep()
+    model(np.zeros((1, 8), "float32"))
+    model.compile("adam")
+    (x, _, weight), (other_x, _, other_weight) = dense_data((16, 16), weights=True)
+    ranks = fit_ranks(model, [(x, None, weight), (other_x, None, other_weight)], FitConfig(batch_size=8, shuffle=False))
+    # Plain Keras takes no such rows from a `PyDataset`: so one rank, with the same global batches.
+    both = [np.concatenate([a[:8], b[:8], a[8:], b[8:]]) for a, b in ((x, other_x), (weight, other_weight))]
+    assert_exact(ranks, fit_ranks(model, [(both[0], None, both[1])], FitConfig(batch_size=16, shuffle=False))[0])
 
 
 def test_a_custom_train_step_is_exact_and_its_logs_agree(fit_ranks, fit_reference):
@@ -279,6 +363,31 @@ def test_half_precision_is_that_of_one_process_to_the_precision_that_it_has(fit_
     assert ranks[0].history["loss"][-1] < ranks[0].history["loss"][0]
     # Weights of half precision are rounded after each step, and no two ways of summing stay together for long.
     assert_exact(ranks, reference, relative or np.inf)
+
+
+@pytest.fixture
+def global_policy():
+    """Returns set(name): Keras's dtype policy until the end of the test."""
+    before = keras.config.dtype_policy()
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy(before)
+
+
+def test_the_loss_is_scaled_as_in_one_process_where_keras_sees_to_it_by_its_policy(
+    fit_ranks, fit_reference, global_policy
+):
+    global_policy("mixed_float16")
+    keras.utils.set_random_seed(10)
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16, "relu"), keras.layers.Dense(3, dtype="float32")]
+    )
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    global_policy("float32")  # as it is where the copies are loaded
+    parts, config = dense_data((64, 40)), FitConfig(epochs=3, batch_size=8)
+    ranks, reference = fit_ranks(model, parts, config), fit_reference(model, parts, config)
+    assert_exact(ranks, reference, relative=2e-3)
+    scales = {float(fitted.model.optimizer.dynamic_scale) for fitted in (*ranks, reference)}
+    assert scales == {model.optimizer.initial_scale}
 
 
 @pytest.mark.parametrize("in_graph", [False, True])

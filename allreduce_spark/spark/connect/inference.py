@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -67,7 +68,7 @@ def evaluate_rows_of(
 
 def send_model(session: SparkSession, packed: PackedModel) -> str:
     """Bring a model to the executors; `read_model` gets it there."""
-    return send_files(session, {"archive": packed.archive, "objects": packed.objects})
+    return send_files(session, dataclasses.asdict(packed))
 
 
 def read_model(sent: str) -> PackedModel:

@@ -23,6 +23,7 @@ from allreduce_spark.spark.shards import check_is_frame, map_batches, scalar_col
 from allreduce_spark.training.models.heads import Head, heads_of
 from allreduce_spark.training.models.layout import check_is_model, feature_forms, layer_of
 from allreduce_spark.training.scoring import PackedModel, pack, state_of
+from allreduce_spark.training.settings import KerasSettings
 
 if TYPE_CHECKING:
     import keras
@@ -150,9 +151,9 @@ class _Sent:
         return _Sent, ()  # a deep copy of a transformer, or a pickled one, sends its model anew
 
     def model(self, engine: Engine, model: keras.Model) -> tuple[str, Callable[[], PackedModel]]:
-        """(token, what gets it in a task); sent again only where weights or Spark application are no longer the same."""
+        """(token, what gets it in a task); sent again where weights, settings or Spark application are others."""
         with self._lock:
-            key = (engine.application, id(model), state_of(model))
+            key = (engine.application, id(model), state_of(model), KerasSettings.of(model))
             if self._packed is None or key != self._key:
                 # The old one is left to Spark's cleaner: a DataFrame that was made with it may still be used.
                 self._key, self._token = key, secrets.token_hex(16)

@@ -57,6 +57,9 @@ class KerasBackend(Protocol):
     def dataset(self, read: Callable[[int], tuple[Any, ...]], steps: int) -> Any:
         """What Keras's `fit` and `evaluate` take for the batches `read(0)`, ..., `read(steps - 1)`, read anew in each epoch."""
 
+    def runs_at_once(self) -> bool:
+        """Whether what is called now runs now, with tensors that are copies of arrays, rather than becoming part of a graph."""
+
     def widest_float(self) -> str:
         """Of the types that a tensor can have, by its name."""
 
@@ -82,7 +85,10 @@ ours = cast(KerasBackend, importlib.import_module(f"{__name__}.{KERAS_BACKEND}")
 
 
 def environment() -> dict[str, str]:
-    """The variables that make Keras compute, in another process, with what it does here."""
+    """The variables that make Keras compute, in another process, with the library that it does here.
+
+    They count when Keras is imported. What can be set later travels with each model and function: `settings.KerasSettings`.
+    """
     variables = {"KERAS_BACKEND": KERAS_BACKEND}
     if KERAS_BACKEND == "jax":
         variables["JAX_ENABLE_X64"] = str(ours.widest_float() == "float64")

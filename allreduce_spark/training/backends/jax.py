@@ -20,6 +20,7 @@ __all__ = [
     "ProgramOrder",
     "build_metrics",
     "dataset",
+    "runs_at_once",
     "view",
     "wait_for_step",
     "widest_float",
@@ -50,6 +51,10 @@ class ProgramOrder:
             return [np.asarray(value, result.dtype) for value, result in zip(values, expected, strict=True)]
 
         return list(io_callback(on_host, expected, *inputs, ordered=True))
+
+
+def runs_at_once() -> bool:
+    return False  # seldom, and arrays may be shared then
 
 
 def widest_float() -> str:

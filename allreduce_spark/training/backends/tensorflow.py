@@ -22,6 +22,7 @@ __all__ = [
     "build_metrics",
     "dataset",
     "reduce_in_graph",
+    "runs_at_once",
     "view",
     "wait_for_step",
     "widest_float",
@@ -51,11 +52,13 @@ class ProgramOrder:
         graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
         known = graph is not None and graph is self._graph
         with tf.control_dependencies(self._last if known else []):
-            outputs = list(tf.numpy_function(function, inputs, [dtype for _, dtype in results]))
-        self._graph, self._last = graph, outputs[:1]
+            outputs = tf.numpy_function(function, inputs, [dtype for _, dtype in results])
+        if tf.is_tensor(outputs):  # without a graph, one that is alone comes so
+            outputs = [outputs]
+        self._graph, self._last = graph, list(outputs[:1])
         for tensor, (shape, _) in zip(outputs, results, strict=True):
             tensor.set_shape(shape)
-        return outputs
+        return list(outputs)
 
 
 def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Dataset:
@@ -65,21 +68,30 @@ def dataset(read: Callable[[int], tuple[Any, ...]], steps: int) -> tf.data.Datas
     busy on all its cores for a second now and then, and with it all other ranks (seen between training and validation).
     """
     example = read(0)
-    arrays = keras.tree.flatten(example)
+    leaves = keras.tree.flatten(example)  # None for labels that rows with weights do not have
+    arrays = [leaf for leaf in leaves if leaf is not None]
     types = [tf.string if array.dtype == object else tf.as_dtype(array.dtype) for array in arrays]
+
+    def arrays_of(step: np.integer[Any]) -> list[np.ndarray]:
+        return [leaf for leaf in keras.tree.flatten(read(int(step))) if leaf is not None]
 
     @tf.autograph.experimental.do_not_convert  # it would leave a file of generated code behind
     def tensors_of(step: tf.Tensor) -> Any:
-        tensors = tf.numpy_function(lambda number: keras.tree.flatten(read(int(number))), [step], types)
+        tensors = tf.numpy_function(arrays_of, [step], types)
         for tensor, array in zip(tensors, arrays, strict=True):
             tensor.set_shape((None, *array.shape[1:]))
-        return keras.tree.pack_sequence_as(example, tensors)
+        present = iter(tensors)
+        return keras.tree.pack_sequence_as(example, [None if leaf is None else next(present) for leaf in leaves])
 
     options = tf.data.Options()
     options.autotune.enabled = False
     # The all-reduce blocks one of TensorFlow's own threads; reading must not have to wait for it.
     options.threading.private_threadpool_size = 1
     return tf.data.Dataset.range(steps).map(tensors_of).prefetch(READ_AHEAD).with_options(options)
+
+
+def runs_at_once() -> bool:
+    return bool(tf.executing_eagerly())
 
 
 def widest_float() -> str:
@@ -99,7 +111,8 @@ def build_metrics(model: keras.Model, batch: tuple[Any, ...]) -> None:
         model._symbolic_build(data_batch=batch)
     else:
         # A step of the user's own may do anything: trace it.
-        tf.function(model.train_step).get_concrete_function(keras.tree.map_structure(tf.convert_to_tensor, batch))
+        tensors = keras.tree.map_structure(lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf), batch)
+        tf.function(model.train_step).get_concrete_function(tensors)
 
 
 def wait_for_step() -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "ProgramOrder",
     "build_metrics",
     "dataset",
+    "runs_at_once",
     "view",
     "wait_for_step",
     "widest_float",
@@ -44,6 +45,10 @@ class ProgramOrder:
         values = function(*map(keras.ops.convert_to_numpy, inputs))
         # A copy: what the function returns may be memory that it uses again.
         return [keras.ops.convert_to_tensor(np.array(v), dtype) for v, dtype in zip(values, types, strict=True)]
+
+
+def runs_at_once() -> bool:
+    return True
 
 
 def widest_float() -> str:

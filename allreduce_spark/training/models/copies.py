@@ -9,8 +9,9 @@ import keras
 
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.training.job import Job, check_arrival, seed_variables
+from allreduce_spark.training.job import Job, check_arrival, precision_of, seed_variables
 from allreduce_spark.training.models.model_bytes import custom_objects_of, model_from_bytes, model_to_bytes
+from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["copy_model", "set_learning_rate"]
 
@@ -21,10 +22,13 @@ def copy_model(model: keras.Model, custom_objects: Mapping[str, Any]) -> keras.M
     Raises:
         ConfigError: Keras cannot save it, or load it again, or forgets something on the way.
     """
-    copied = model_from_bytes(model_to_bytes(model), {**custom_objects_of(model), **custom_objects})
+    settings = KerasSettings.of(model)
+    with settings.in_force():
+        copied = model_from_bytes(model_to_bytes(model), {**custom_objects_of(model), **custom_objects})
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations = int(model.optimizer.iterations.numpy())
-    check_arrival(copied, Job(b"", b"", FitConfig(), Timeouts(), [], trainable, iterations))
+    job = Job(b"", b"", FitConfig(), Timeouts(), [], trainable, iterations, settings, precision_of(model))
+    check_arrival(copied, job)
     for variable, state in zip(seed_variables(copied), seed_variables(model), strict=True):
         variable.assign(state)
     return copied

@@ -65,18 +65,29 @@ def save_keras(model: keras.Model, path: Path) -> None:
     with keras_lock, _whole_configs(model), warnings.catch_warnings():
         # Unbuilt models are fine: whoever loads them builds them from the data.
         warnings.filterwarnings("ignore", message=".*not yet been built.*")
-        _put_back_optimizer(model)  # the user may have saved an .h5 before
+        _put_in_optimizer(model)
         if model.compiled and model.built and model.optimizer is not None and not model.optimizer.built:
             # As the first step would: whoever loads the model would else miss its state, with a warning.
             model.optimizer.build(model.trainable_variables)
         model.save(path)
-        _put_back_optimizer(model)
+        _put_in_optimizer(model)
 
 
-def _put_back_optimizer(model: keras.Model) -> None:
-    """Saving as .h5 takes the optimizer out of what `compile` was given; the next archive would have Keras's default one."""
+def _put_in_optimizer(model: keras.Model) -> None:
+    """Let the archive have the optimizer that the model has, and whoever loads it put none around it.
+
+    What `compile` was given may be another one: with the policy mixed_float16 Keras puts a `LossScaleOptimizer` around it, if
+    `auto_scale_loss` does not forbid that, which the archive forgets. And saving as .h5 takes it out altogether.
+    """
     if model.compiled:
-        compile_arguments(model).setdefault("optimizer", model.optimizer)
+        arguments = compile_arguments(model)
+        arguments["optimizer"] = model.optimizer
+        if model.dtype_policy.name == "mixed_float16" and not _scales_loss(model.optimizer):
+            arguments["auto_scale_loss"] = False
+
+
+def _scales_loss(optimizer: keras.optimizers.Optimizer | None) -> bool:
+    return optimizer is None or isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
 
 
 @contextlib.contextmanager

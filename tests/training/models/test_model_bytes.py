@@ -190,6 +190,33 @@ def test_a_layer_that_the_archive_would_thaw_is_refused(tmp_path):
         check_arrival(arrived, Job.read(tmp_path))
 
 
+@pytest.fixture
+def mixed_float16():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    yield
+    keras.config.set_dtype_policy(before)
+
+
+@pytest.mark.parametrize("loads_with", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("auto_scale_loss", [True, False])
+def test_the_loss_is_scaled_where_the_users_model_scales_it_and_once(
+    tmp_path, mixed_float16, loads_with, auto_scale_loss
+):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", auto_scale_loss=auto_scale_loss)
+    model.fit(np.full((4, 2), 0.1), np.zeros((4, 1)), verbose=0)
+    (tmp_path / "model.keras").write_bytes(model_to_bytes(model))
+    keras.config.set_dtype_policy(loads_with)
+    arrived = load_model(tmp_path / "model.keras", {}).optimizer
+    assert type(arrived) is type(model.optimizer)
+    if auto_scale_loss:
+        assert type(arrived) is keras.optimizers.LossScaleOptimizer
+        arrived = arrived.inner_optimizer
+    assert type(arrived) is keras.optimizers.SGD
+    assert int(arrived.iterations.numpy()) == 1
+
+
 @pytest.mark.parametrize(
     ("loss", "metric"),
     [
