@@ -26,13 +26,13 @@ import numpy as np
 import pyspark
 import pytest
 from conftest import rank_processes
-from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_error, steps_in
+from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_error, steps_in, stop_agent
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
 from allreduce_spark.communicator.horovod_environment import installed
-from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError
+from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError, RendezvousTimeoutError
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.spark.connect import driver
 from allreduce_spark.spark.connect.stage import outcome_of
@@ -300,6 +300,43 @@ def _collect(frame: DataFrame, session: SparkSession, tag: str) -> None:
     session.addTag(tag)
     with pytest.raises(Exception, match="OPERATION_CANCELED"):
         frame.collect()
+
+
+def test_rows_that_never_come_are_waited_for_until_spool_s_is_over(
+    session: SparkSession, nothing_is_left: None
+) -> None:
+    def hang(batches: Iterator[Any]) -> Iterator[Any]:
+        time.sleep(60)
+        yield from batches
+
+    frame = uneven(session)
+    rows = frame.repartition(2).mapInArrow(hang, frame.schema)
+    with pytest.raises(
+        RendezvousTimeoutError, match=r"for 3 s nothing has moved in Spark's stages .* Timeouts\.spool_s"
+    ):
+        SparkModel(plain(), num_ranks=2, timeouts=Timeouts(spool_s=3)).fit(rows, verbose=0)
+    assert len(SparkModel(plain(), num_ranks=2).fit(frame, verbose=0).history["loss"]) == 1, "the slots are free again"
+
+
+def test_ranks_may_train_for_longer_than_spool_s(session: SparkSession, nothing_is_left: None) -> None:
+    def train(communicator: Any) -> int:
+        time.sleep(20)
+        return int(communicator.rank)
+
+    assert run(train, timeouts=Timeouts(spool_s=12)) == [0, 1]
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_task_that_is_stuck_ends_the_stage_once_silence_s_is_over(
+    session: SparkSession, tmp_path: Path, no_process_is_left: None, rank: int
+) -> None:
+    fault = Fault("train_batch_end", rank, stop_agent, 0, 1)
+    timeouts = Timeouts(silence_s=3, teardown_s=5)
+    with pytest.raises(RankFailedError) as caught:
+        fit(fault, folder=tmp_path, timeouts=timeouts, max_restarts=0)
+    # Rank 0's task is the only one that could have said which it was.
+    assert ("Timeouts.silence_s" if rank else "Python worker exited unexpectedly") in str(caught.value)
+    assert caught.value.rank == (1 if rank else None)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "interruptTag"])

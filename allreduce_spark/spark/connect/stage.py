@@ -1,25 +1,27 @@
 """The barrier stage of a fit or a function under Spark Connect, as the client sees it: submit it, wait, be interrupted.
 
-The client hears nothing of the ranks until the stage has ended.
+The client hears nothing of the ranks until the task of rank 0 has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from pyspark.sql import DataFrame, SparkSession
 
-from allreduce_spark.errors import ConfigError
+from allreduce_spark.errors import ConfigError, RendezvousTimeoutError
 from allreduce_spark.spark.connect.driver import OUTCOME, Order, Outcome
-from allreduce_spark.spark.connect.operation import Operation, running
+from allreduce_spark.spark.connect.operation import Operation, Stage, running
 from allreduce_spark.spark.connect.session import count_slots
 from allreduce_spark.spark.connect.task import be_rank
 from allreduce_spark.spark.connect.transfer import SCHEMA
-from allreduce_spark.spark.stage import failure_of_job
+from allreduce_spark.spark.stage import LEAVE_S, failure_of_job
 
-__all__ = ["outcome_of", "run_stage"]
+__all__ = ["barrier_has_begun", "outcome_of", "run_stage"]
 
 POLL_S = 0.05
 
@@ -27,7 +29,9 @@ POLL_S = 0.05
 def run_stage(
     session: SparkSession, shards: DataFrame | None, order: Order, sent: str, folder: Path, on_wait: Callable[[], None]
 ) -> Outcome:
-    """Run one agent per rank until Spark has the outcome.
+    """Run one agent per rank until the outcome is known.
+
+    That of a failure may be known before the stage has ended, because a task is stuck: then it is cancelled.
 
     Args:
         shards: (shard int, block binary), in any partitions; None where there are no rows.
@@ -37,10 +41,13 @@ def run_stage(
 
     Raises:
         ConfigError: The stage got no slots within `slots_s`.
+        RendezvousTimeoutError: Nothing has moved for `spool_s` in the stages before it, which make its rows.
         KeyboardInterrupt: Ctrl-C. The Spark job is cancelled by then.
     """
-    # One empty block for each, too: what has no rows at all, Spark optimizes away, ranks and all.
-    rows = session.range(0, order.num_ranks, 1, 1).selectExpr("CAST(id AS INT) AS shard", "X'' AS block")
+    # One empty block for each, too: what has no rows at all, Spark optimizes away, ranks and all. In so many partitions that
+    # the stage that brings the rows to the ranks has more tasks than theirs: `barrier_has_begun` tells them apart by that.
+    empty = session.range(0, order.num_ranks, 1, order.num_ranks + 1)
+    rows = empty.selectExpr("CAST(id AS INT) AS shard", "X'' AS block")
     if shards is not None:
         rows = shards.union(rows)  # in this order: the number of a partition says which shards its rows go to
     stage = rows.repartitionById(order.num_ranks, "shard").mapInArrow(
@@ -48,13 +55,46 @@ def run_stage(
     )
     for old in (folder / OUTCOME, *folder.glob("result-*")):
         old.unlink(missing_ok=True)
-    with running(Operation(session, stage, partial(_append, folder)), order.timeouts.teardown_s) as operation:
+    said, timeouts = folder / OUTCOME, order.timeouts
+    give_up_at = math.inf
+    with running(Operation(session, stage, partial(_append, folder)), timeouts.teardown_s) as operation:
         while operation.is_alive():
             operation.join(POLL_S)
             on_wait()
-            if operation.idle_s > order.timeouts.slots_s:
+            if operation.idle_s > timeouts.slots_s:
                 raise _no_slots(session, order)
-    return outcome_of(folder / OUTCOME, operation.error)
+            if operation.still_s > timeouts.spool_s and not barrier_has_begun(operation.stages, order.num_ranks):
+                raise _no_rows(operation.stages, timeouts.spool_s)
+            if give_up_at == math.inf and _has_failed(said):
+                give_up_at = time.monotonic() + LEAVE_S
+            elif time.monotonic() > give_up_at:
+                operation.end(timeouts.teardown_s)  # some task is stuck that the ranks' driver has given up
+                break
+    return outcome_of(said, operation.error)
+
+
+def barrier_has_begun(stages: Sequence[Stage], num_ranks: int) -> bool:
+    """Whether the newest stage is the one of the ranks, whose deadlines are those of their driver.
+
+    Spark does not name it. It has as many tasks as there are ranks, and comes after a stage with more, which has brought the
+    rows to them and is done. (Adaptive execution makes a job of each shuffle, and lists what is done a second time: as a stage
+    of the next job that has nothing to do.) A stage of the user's that looks the same is taken for it, and has no deadline.
+
+    Args:
+        stages: All of the query, the newest last.
+    """
+    *_, before, newest = [None, None, *stages]
+    if before is None or newest is None or newest.tasks != num_ranks or before.tasks <= num_ranks:
+        return False
+    return any(stage.is_done and stage.tasks == before.tasks for stage in stages)
+
+
+def _has_failed(said: Path) -> bool:
+    """Whether the ranks' driver has named a failure."""
+    try:
+        return Outcome.from_json(said.read_bytes()).failure is not None
+    except (FileNotFoundError, ValueError):  # ValueError: a part of it
+        return False
 
 
 def outcome_of(said: Path, error: Exception | None) -> Outcome:
@@ -84,4 +124,14 @@ def _no_slots(session: SparkSession, order: Order) -> ConfigError:
         f"ran: the Spark application has {slots or 'an unknown number'} in all, and others may use them, or Spark still "
         "planned how to read the rows. A barrier stage starts all its ranks at once or none: lower num_ranks, or wait longer. "
         "Setting: Timeouts.slots_s"
+    )
+
+
+def _no_rows(stages: Sequence[Stage], spool_s: float) -> RendezvousTimeoutError:
+    running = ", ".join(
+        f"{stage.number} ({stage.ended} of {stage.tasks} tasks done)" for stage in stages if not stage.is_done
+    )
+    return RendezvousTimeoutError(
+        f"for {spool_s:g} s nothing has moved in Spark's stages {running}: they make the rows of the ranks, whose barrier "
+        "stage has not begun. Setting: Timeouts.spool_s"
     )

@@ -1,0 +1,72 @@
+"""What the client of a Connect session decides by itself, without a server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from allreduce_spark.spark.connect.operation import Operation, Stage, running
+from allreduce_spark.spark.connect.stage import barrier_has_begun
+
+SOURCE = Stage(0, 5, 5, True)  # of the user's, with a shuffle behind it
+MAP = Stage(2, 8, 8, True)  # brings its rows to two ranks
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ([], False),
+        ([Stage(0, 2, 0, False)], False),
+        ([Stage(0, 2, 2, True), Stage(1, 2, 0, False), Stage(2, 5, 3, False)], False),
+        ([SOURCE, Stage(1, 5, 0, False), Stage(2, 8, 0, False)], False),
+        ([SOURCE, MAP, Stage(4, 8, 0, False), Stage(5, 2, 0, False)], True),
+        ([SOURCE, MAP, Stage(4, 8, 0, False), Stage(5, 2, 1, False)], True),
+        ([SOURCE, Stage(1, 8, 3, False), Stage(2, 2, 0, False)], False),  # without adaptive execution
+        ([SOURCE, Stage(1, 8, 8, True), Stage(2, 2, 0, False)], True),
+    ],
+)
+def test_the_stage_of_the_ranks_is_known_by_its_tasks_and_by_the_stage_before(
+    stages: list[Stage], expected: bool
+) -> None:
+    assert barrier_has_begun(stages, num_ranks=2) is expected
+
+
+class Frame:
+    """A query that does not end."""
+
+    def toLocalIterator(self) -> Iterator[Any]:
+        threading.Event().wait()
+        return iter(())
+
+
+class Session:
+    """A session whose server is gone.
+
+    Args:
+        waits_s: For how long it is asked again before that is an error.
+    """
+
+    def __init__(self, waits_s: float) -> None:
+        self.waits_s = waits_s
+
+    def getTags(self) -> set[str]:
+        return set()
+
+    def addTag(self, tag: str) -> None: ...
+    def registerProgressHandler(self, handler: Any) -> None: ...
+
+    def interruptTag(self, tag: str) -> None:
+        time.sleep(self.waits_s)
+        raise ConnectionError("the server is gone")
+
+
+@pytest.mark.parametrize("waits_s", [0, 600])
+def test_what_ends_a_query_is_raised_and_soon_also_where_the_server_is_gone(waits_s: float) -> None:
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), running(Operation(Session(waits_s), Frame(), print), teardown_s=0.5):  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 5
