@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
 from allreduce_spark.spark.connect.stage import barrier_has_begun
+from allreduce_spark.spark.engine import engine_for
 
 SOURCE = Stage(0, 5, 5, True)  # of the user's, with a shuffle behind it
 MAP = Stage(2, 8, 8, True)  # brings its rows to two ranks
@@ -70,3 +74,15 @@ def test_what_ends_a_query_is_raised_and_soon_also_where_the_server_is_gone(wait
     with pytest.raises(KeyboardInterrupt), running(Operation(Session(waits_s), Frame(), print), teardown_s=0.5):  # type: ignore[arg-type]
         raise KeyboardInterrupt
     assert time.monotonic() - began < 5
+
+
+def test_a_thread_that_has_made_no_session_uses_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = pytest.importorskip("pyspark.sql.connect.session", exc_type=ImportError)
+    monkeypatch.setenv("SPARK_CONNECT_MODE_ENABLED", "1")
+    with ThreadPoolExecutor(1) as another_thread:
+        monkeypatch.setattr(module.SparkSession, "_default_session", None)
+        with pytest.raises(ConfigError, match="there is no active Spark Connect session"):
+            another_thread.submit(engine_for, ()).result()
+        default = SimpleNamespace(is_stopped=False, session_id="of the thread that has made it")
+        monkeypatch.setattr(module.SparkSession, "_default_session", default)
+        assert another_thread.submit(engine_for, ()).result().application == default.session_id
