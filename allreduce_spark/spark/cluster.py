@@ -57,9 +57,13 @@ def count_slots(context: SparkContext, resources: ResourceProfile | None = None)
 
 
 def check_cluster(
-    context: SparkContext, num_ranks: int | None, timeouts: Timeouts, resources: ResourceProfile | None = None
+    context: SparkContext,
+    num_ranks: int | None,
+    timeouts: Timeouts,
+    resources: ResourceProfile | None = None,
+    min_ranks: int | None = None,
 ) -> int:
-    """Make sure that a barrier stage of `num_ranks` tasks can run, before it is submitted.
+    """Make sure that a barrier stage of `num_ranks` tasks can run, or one of `min_ranks`, before it is submitted.
 
     Spark itself would say nothing for ten minutes (40 checks, 15 s apart). A young application on a cluster is given
     `slots_s` for its executors to register; in local mode the slots are known at once.
@@ -67,6 +71,7 @@ def check_cluster(
     Args:
         num_ranks: How many ranks are asked for; None for as many as there are slots.
         resources: As for `count_slots`.
+        min_ranks: With how few the work may begin; None for no fewer than are asked for.
 
     Returns:
         The number of ranks.
@@ -87,16 +92,17 @@ def check_cluster(
         )
     age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
     started, wait_s = time.monotonic(), 0.0 if is_local(context) else timeouts.slots_s - age_s
-    wanted = num_ranks or 1
-    while (slots := count_slots(context, resources)) < wanted and time.monotonic() - started < wait_s:
+    needed = min_ranks or num_ranks or 1
+    while (slots := count_slots(context, resources)) < needed and time.monotonic() - started < wait_s:
         time.sleep(POLL_S)
-    if slots < wanted:
+    if slots < needed:
         waited = f", {timeouts.slots_s:g} s after it began (Timeouts.slots_s)" if wait_s > 0 else ""
         executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if is_local(context) else 1)
+        name = "min_ranks" if min_ranks else "num_ranks"
         raise ConfigError(
-            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots}{waited} (master "
+            f"{name}={needed} needs {needed} slots at once, but this Spark application has {slots}{waited} (master "
             f"{context.master}, {executors} executors; {demand(context, resources)} for each). A barrier stage starts all its "
-            f"ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
+            f"ranks at once or none: lower {name} to {max(slots, 1)} or fewer, or add executors."
         )
     return num_ranks or slots
 

@@ -77,8 +77,8 @@ class ConnectEngine:
         found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path), timeouts)
         return None if found is None else Manifest.from_json(found)
 
-    def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
-        return check_slots(self.session, num_ranks, timeouts)
+    def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+        return check_slots(self.session, num_ranks, timeouts, min_ranks)
 
     def fit(self, fit: Fit, display: Spectator) -> keras.callbacks.History:
         job = make_job(fit.model, fit.custom_objects, fit.callbacks, fit.config, fit.timeouts, fit.safety.saves)

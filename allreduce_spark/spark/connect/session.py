@@ -36,15 +36,15 @@ def count_slots(session: SparkSession) -> int | None:
     return None if pieces is None else int(pieces[1]) // int(setting(session, "spark.task.cpus", "1"))
 
 
-def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts) -> int:
-    """The number of ranks: what is asked for, or as many as there are slots.
+def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+    """The number of ranks: what is asked for, or as many as there are slots; with slots for `min_ranks` of them at least.
 
     Raises:
         ConfigError: There are too few slots, also after `slots_s`, or their number cannot be told and none is asked for; or no
             barrier stage can run there at all.
     """
     _check_barriers(session)
-    started, needed = time.monotonic(), wanted or 1
+    started, needed = time.monotonic(), min_ranks or wanted or 1
     while True:
         slots, waited_s = count_slots(session), time.monotonic() - started
         if slots is None and wanted is None:
@@ -52,11 +52,12 @@ def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts) -
         if slots is None or slots >= needed:
             return wanted or slots or needed
         if waited_s > timeouts.slots_s or _is_local(session):
+            name = "min_ranks" if min_ranks else "num_ranks"
             raise ConfigError(
-                f"num_ranks={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
+                f"{name}={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
                 f"{slots} (master {setting(session, 'spark.master', 'unknown')}, "
                 f"spark.task.cpus={setting(session, 'spark.task.cpus', '1')}). A barrier stage starts all its ranks at once or "
-                f"none: lower num_ranks to {max(slots, 1)} or fewer, or give the server more executors."
+                f"none: lower {name} to {max(slots, 1)} or fewer, or give the server more executors."
             )
         time.sleep(POLL_S)
 
