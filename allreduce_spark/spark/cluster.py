@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile
@@ -13,9 +14,18 @@ from pyspark.sql.utils import is_remote
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.resources import demand
+from allreduce_spark.spark.resources import TASK_RESOURCE, demand, demand_of
 
-__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "is_local", "wait_for_slots"]
+__all__ = [
+    "active_context",
+    "check_cluster",
+    "check_settings",
+    "count_slots",
+    "driver_addresses",
+    "is_local",
+    "is_local_master",
+    "wait_for_slots",
+]
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +89,7 @@ def check_cluster(
     Raises:
         ConfigError: There are too few slots, dynamic allocation is on, or tasks ask for what local mode does not have.
     """
-    settings = context.getConf()
-    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
-        raise ConfigError(
-            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
-            "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
-        )
-    if is_local(context) and any(name.startswith("spark.task.resource.") for name, _ in settings.getAll()):
-        raise ConfigError(
-            f"with master {context.master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
-            f"({demand(context, None)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
-        )
+    check_settings(str(context.master), dict(context.getConf().getAll()))
     age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
     started, wait_s = time.monotonic(), 0.0 if is_local(context) else timeouts.slots_s - age_s
     needed = min_ranks or num_ranks or 1
@@ -105,6 +105,25 @@ def check_cluster(
             f"ranks at once or none: lower {name} to {max(slots, 1)} or fewer, or add executors."
         )
     return num_ranks or slots
+
+
+def check_settings(master: str, settings: Mapping[str, str]) -> None:
+    """Make sure that barrier stages can run with the settings of the application.
+
+    Raises:
+        ConfigError: Dynamic allocation is on, or tasks ask for what local mode does not have.
+    """
+    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+        raise ConfigError(
+            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false where "
+            "the application, or its Connect server, is started, and give it a fixed number of executors "
+            "(spark.executor.instances or spark.cores.max)."
+        )
+    if is_local_master(master) and any(name.startswith(TASK_RESOURCE) for name in settings):
+        raise ConfigError(
+            f"with master {master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
+            f"({demand_of(settings)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
+        )
 
 
 def wait_for_slots(
@@ -151,4 +170,9 @@ def _use_this_python(context: SparkContext) -> None:
 
 def is_local(context: SparkContext) -> bool:
     """Whether driver and executors are one process."""
-    return str(context.master).split("[")[0] == "local"
+    return is_local_master(str(context.master))
+
+
+def is_local_master(master: str) -> bool:
+    """The same, for what spark.master says."""
+    return master.split("[")[0] == "local"

@@ -13,6 +13,7 @@ import pytest
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
+from allreduce_spark.spark.connect.session import slots_of
 from allreduce_spark.spark.connect.stage import barrier_has_begun
 from allreduce_spark.spark.engine import engine_for
 
@@ -86,3 +87,32 @@ def test_a_thread_that_has_made_no_session_uses_the_default_one(monkeypatch: pyt
         default = SimpleNamespace(is_stopped=False, session_id="of the thread that has made it")
         monkeypatch.setattr(module.SparkSession, "_default_session", default)
         assert another_thread.submit(engine_for, ()).result().application == default.session_id
+
+
+def gpus(of_executor: int | None, of_task: float, cores: int | None = 4) -> dict[str, str]:
+    settings = {"spark.executor.cores": cores, "spark.executor.resource.gpu.amount": of_executor}
+    asked = {"spark.task.resource.gpu.amount": of_task, "spark.master": "spark://master:7077"}
+    return {name: str(value) for name, value in {**settings, **asked}.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("cores", "settings", "expected"),
+    [
+        (8, {}, 8),
+        (8, {"spark.task.cpus": "3"}, 2),
+        (12, {"spark.task.cpus": "3", "spark.executor.cores": "4"}, 3),  # a core of each executor is left
+        (12, gpus(2, 1), 6),
+        (12, gpus(8, 1), 12),
+        (12, gpus(4, 2), 6),
+        (12, gpus(1, 0.5), 6),
+        (12, gpus(1, 0.3), 9),
+        (12, {**gpus(2, 1), "spark.task.resource.fpga.amount": "1", "spark.executor.resource.fpga.amount": "1"}, 3),
+        (12, gpus(2, 1, cores=None), None),
+        (12, gpus(None, 1), None),
+        (4, {"spark.master": "local[4]", "spark.executor.cores": "3"}, 4),
+    ],
+)
+def test_slots_are_counted_by_all_that_a_task_asks_for(
+    cores: int, settings: dict[str, str], expected: int | None
+) -> None:
+    assert slots_of(cores, settings) == expected

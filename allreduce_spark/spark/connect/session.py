@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,13 @@ from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ConfigError
-from allreduce_spark.spark.cluster import REGROUP_S
+from allreduce_spark.spark.cluster import REGROUP_S, check_settings, is_local_master
 from allreduce_spark.spark.connect.operation import Operation, running
 from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_pieces, pieces_of
+from allreduce_spark.spark.resources import TASK_RESOURCE, demand_of
 from allreduce_spark.spark.stage import error_of_job
 
-__all__ = ["ask_executor", "check_slots", "count_slots", "setting", "wait_for_slots"]
+__all__ = ["ask_executor", "check_slots", "count_slots", "slots_of", "wait_for_slots"]
 
 POLL_S = 0.5
 
@@ -29,11 +31,43 @@ def count_slots(session: SparkSession) -> int | None:
 
     Spark plans a range in as many pieces as it has cores, and says so before it runs anything.
     """
-    if any(setting(session, f"spark.{name}", "") for name in ("default.parallelism", "sql.leafNodeDefaultParallelism")):
+    settings = session.conf.getAll
+    if any(settings.get(f"spark.{name}") for name in ("default.parallelism", "sql.leafNodeDefaultParallelism")):
         return None
     plan = str(session.sql("EXPLAIN SELECT * FROM range(1)").collect()[0][0])
     pieces = re.search(r"splits=(?:Some\()?(\d+)", plan)
-    return None if pieces is None else int(pieces[1]) // int(setting(session, "spark.task.cpus", "1"))
+    return None if pieces is None else slots_of(int(pieces[1]), settings)
+
+
+def slots_of(cores: int, settings: Mapping[str, str]) -> int | None:
+    """How many tasks run at once on so many cores, by the settings of the application; None where these do not tell.
+
+    Args:
+        cores: Of all executors together, which are of one kind.
+    """
+    cpus = int(settings.get("spark.task.cpus", "1"))
+    asked = {name.removeprefix(TASK_RESOURCE): float(settings[name]) for name in settings if _is_amount(name)}
+    cores_each = settings.get("spark.executor.cores")
+    if _is_local(settings) or (cores_each is None and not asked):
+        return cores // cpus
+    if cores_each is None:
+        return None
+    slots_each = [int(cores_each) // cpus]
+    for name, amount in asked.items():
+        amount_each = settings.get(f"spark.executor.resource.{name}")
+        if amount_each is None:
+            return None
+        slots_each.append(_parts(int(amount_each), amount))
+    return cores // int(cores_each) * min(slots_each)
+
+
+def _parts(addresses: int, amount: float) -> int:
+    """How many tasks get their amount of so many addresses: several may have a part of one, but none has parts of two."""
+    return addresses * math.floor(1 / amount) if amount < 1 else addresses // math.ceil(amount)
+
+
+def _is_amount(name: str) -> bool:
+    return name.startswith(TASK_RESOURCE) and name.endswith(".amount")
 
 
 def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
@@ -43,21 +77,25 @@ def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts, m
         ConfigError: There are too few slots, also after `slots_s`, or their number cannot be told and none is asked for; or no
             barrier stage can run there at all.
     """
-    _check_barriers(session)
+    settings = session.conf.getAll
+    _check_barriers(session, settings)
     started, needed = time.monotonic(), min_ranks or wanted or 1
     while True:
         slots, waited_s = count_slots(session), time.monotonic() - started
         if slots is None and wanted is None:
-            raise ConfigError("how many slots this Spark application has cannot be told from here: pass num_ranks.")
+            raise ConfigError(
+                "how many slots this Spark application has cannot be told from here (each rank asks for "
+                f"{demand_of(settings)}): pass num_ranks."
+            )
         if slots is None or slots >= needed:
             return wanted or slots or needed
-        if waited_s > timeouts.slots_s or _is_local(session):
+        if waited_s > timeouts.slots_s or _is_local(settings):
             name = "min_ranks" if min_ranks else "num_ranks"
             raise ConfigError(
                 f"{name}={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
-                f"{slots} (master {setting(session, 'spark.master', 'unknown')}, "
-                f"spark.task.cpus={setting(session, 'spark.task.cpus', '1')}). A barrier stage starts all its ranks at once or "
-                f"none: lower {name} to {max(slots, 1)} or fewer, or give the server more executors."
+                f"{slots} (master {settings.get('spark.master', 'unknown')}; {demand_of(settings)} "
+                "for each). A barrier stage starts all its ranks at once or none: "
+                f"lower {name} to {max(slots, 1)} or fewer, or give the server more executors."
             )
         time.sleep(POLL_S)
 
@@ -80,11 +118,6 @@ def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: 
             )
         time.sleep(POLL_S)
     return wanted
-
-
-def setting(session: SparkSession, name: str, default: str) -> str:
-    """A setting of the application; `default` where it is not set."""
-    return session.conf.get(name, None) or default  # a default of another type than the setting would be an error
 
 
 def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: Timeouts) -> Any:
@@ -122,20 +155,16 @@ def _answer(question: Callable[[], Any], batches: Iterator[pa.RecordBatch]) -> I
         yield from pieces_of("answer", answer)
 
 
-def _check_barriers(session: SparkSession) -> None:
+def _check_barriers(session: SparkSession, settings: Mapping[str, str]) -> None:
     if not hasattr(DataFrame, "repartitionById") or _version(session.version) < (4, 1):
         raise ConfigError(
             f"with Spark Connect, ranks need Spark 4.1 or newer at both ends; the server has {session.version}."
         )
-    if setting(session, "spark.dynamicAllocation.enabled", "false").lower() == "true":
-        raise ConfigError(
-            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Let the server be "
-            "started with it set to false and a fixed number of executors (spark.executor.instances or spark.cores.max)."
-        )
+    check_settings(settings.get("spark.master", ""), settings)
 
 
-def _is_local(session: SparkSession) -> bool:
-    return setting(session, "spark.master", "").split("[")[0] == "local"
+def _is_local(settings: Mapping[str, str]) -> bool:
+    return is_local_master(settings.get("spark.master", ""))
 
 
 def _version(text: str) -> tuple[int, int]:
