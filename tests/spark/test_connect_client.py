@@ -13,7 +13,7 @@ import pytest
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
-from allreduce_spark.spark.connect.session import slots_of
+from allreduce_spark.spark.connect.session import check_result_size, slots_of
 from allreduce_spark.spark.connect.stage import barrier_has_begun
 from allreduce_spark.spark.engine import engine_for
 
@@ -116,3 +116,31 @@ def test_slots_are_counted_by_all_that_a_task_asks_for(
     cores: int, settings: dict[str, str], expected: int | None
 ) -> None:
     assert slots_of(cores, settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit"),
+    [
+        (None, 1 << 30),
+        ("1g", 1 << 30),
+        ("64MB", 64 << 20),
+        ("2k", 2048),
+        ("700", 700),
+        ("100b", 100),
+        ("0", None),
+        ("x", None),
+    ],
+)
+def test_a_model_that_the_server_would_not_take_back_is_refused(setting: str | None, limit: int | None) -> None:
+    settings = {} if setting is None else {"spark.driver.maxResultSize": setting}
+    check_result_size(settings, limit or 1 << 50)
+    if limit is not None:
+        with pytest.raises(ConfigError, match=rf"spark\.driver\.maxResultSize={setting or '1g'} .* or more"):
+            check_result_size(settings, limit + 1)
+
+
+def test_a_model_that_the_server_would_not_take_back_is_refused_with_its_size() -> None:
+    with pytest.raises(
+        ConfigError, match=r"are 1500 MiB at least, .* Start the server with spark.driver.maxResultSize=1688m"
+    ):
+        check_result_size({}, 1500 << 20)

@@ -22,7 +22,13 @@ from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.spark.connect.driver import Order
 from allreduce_spark.spark.connect.inference import evaluate_rows_of, predict_rows_of, read_model, send_model
-from allreduce_spark.spark.connect.session import ask_executor, check_slots, count_slots, wait_for_slots
+from allreduce_spark.spark.connect.session import (
+    ask_executor,
+    check_result_size,
+    check_slots,
+    count_slots,
+    wait_for_slots,
+)
 from allreduce_spark.spark.connect.shards import shards_of
 from allreduce_spark.spark.connect.stage import run_stage
 from allreduce_spark.spark.connect.transfer import send_files
@@ -35,7 +41,7 @@ from allreduce_spark.training.backends import environment
 from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.identity import fingerprint_of
 from allreduce_spark.training.job import make_job
-from allreduce_spark.training.result import take_over
+from allreduce_spark.training.result import least_bytes, take_over
 
 if TYPE_CHECKING:
     import keras
@@ -52,7 +58,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConnectEngine:
-    """See `Engine`."""
+    """See `Engine`.
+
+    All that ranks bring comes back as the answer of one task, which counts against spark.driver.maxResultSize of the server, 1g
+    by default. A fit whose weights and optimizer state are known to be more is refused before it begins; of what functions
+    return nothing is known, and Spark's error at their end names the setting.
+    """
 
     session: SparkSession
 
@@ -82,6 +93,7 @@ class ConnectEngine:
 
     def fit(self, fit: Fit, display: Spectator) -> keras.callbacks.History:
         job = make_job(fit.model, fit.custom_objects, fit.callbacks, fit.config, fit.timeouts, fit.safety.saves)
+        check_result_size(self.session.conf.getAll, least_bytes(fit.model))
         resumed = fit.safety.resumed
         order = Order(
             num_ranks=fit.num_ranks,

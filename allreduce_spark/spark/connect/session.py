@@ -21,7 +21,7 @@ from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_p
 from allreduce_spark.spark.resources import TASK_RESOURCE, demand_of
 from allreduce_spark.spark.stage import error_of_job
 
-__all__ = ["ask_executor", "check_slots", "count_slots", "slots_of", "wait_for_slots"]
+__all__ = ["ask_executor", "check_result_size", "check_slots", "count_slots", "slots_of", "wait_for_slots"]
 
 POLL_S = 0.5
 
@@ -118,6 +118,28 @@ def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: 
             )
         time.sleep(POLL_S)
     return wanted
+
+
+def check_result_size(settings: Mapping[str, str], least: int) -> None:
+    """Make sure that a server takes what the ranks have trained from the one task that answers with it.
+
+    Args:
+        settings: Of the application.
+        least: How many bytes it will be at least.
+
+    Raises:
+        ConfigError: It is more than the server takes.
+    """
+    setting = settings.get("spark.driver.maxResultSize", "1g")
+    parts = re.fullmatch(r"(\d+)([kmgtp]?)b?", setting.strip().lower())
+    limit = 0 if parts is None else int(parts[1]) << 10 * " kmgtp".index(parts[2] or " ")
+    if 0 < limit < least:  # 0 is none
+        raise ConfigError(
+            f"the trained model would be lost at the end: weights and optimizer state are {least / 2**20:.0f} MiB at least, "
+            f"and the Connect server takes no more than spark.driver.maxResultSize={setting} from the ranks. Start the "
+            f"server with spark.driver.maxResultSize={math.ceil(1.125 * least / 2**20)}m or more (0 is no limit), and a "
+            "spark.driver.memory that goes with it."
+        )
 
 
 def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: Timeouts) -> Any:
