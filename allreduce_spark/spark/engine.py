@@ -13,7 +13,6 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.utils import is_remote
 
 from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
-from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.shards import Columns, FormedTable
 
 if TYPE_CHECKING:
@@ -107,13 +106,9 @@ def engine_for(*data: Any, resources: ResourceProfile | None = None) -> Engine:
     frames = [part.frame if isinstance(part, FormedTable) else part for part in data]
     remote = [frame for frame in frames if isinstance(frame, DataFrame) and _is_of_connect(frame)]
     if remote or is_remote():
-        if resources is not None:
-            raise ConfigError(
-                "resources is not offered with Spark Connect: let the settings of the application say what a task asks for."
-            )
         from allreduce_spark.spark.connect.engine import ConnectEngine  # needs grpc, which not everybody has
 
-        return ConnectEngine.of(remote[0].sparkSession if remote else _active_session())
+        return ConnectEngine.of(remote[0].sparkSession if remote else _active_session(), resources)
     from allreduce_spark.spark.classic import ClassicEngine
 
     return ClassicEngine.of_active_context(resources)

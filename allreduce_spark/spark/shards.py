@@ -247,7 +247,10 @@ def scalar_columns(frame: DataFrame) -> frozenset[str]:
 
 
 def map_batches(
-    frame: DataFrame, task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: StructType | str
+    frame: DataFrame,
+    task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    schema: StructType | str,
+    **named: Any,
 ) -> DataFrame:
     """`mapInArrow` for columns of any name, and for many vectors.
 
@@ -262,7 +265,7 @@ def map_batches(
     if any(isinstance(field.dataType, VectorUDT) for field in frame.schema.fields):
         frame = frame.select([_without_null_indices(frame, field) for field in frame.schema.fields])
         task = partial(_with_null_indices, task)
-    return frame.mapInArrow(task, schema)
+    return frame.mapInArrow(task, schema, **named)
 
 
 def _with_names(

@@ -37,6 +37,7 @@ __all__ = [
     "missing_module",
     "place_of",
     "run_stage",
+    "without_java_frames",
 ]
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def failure_of_job(error: Exception | None) -> Failure:
         return Failure(
             "StageEnded", "the barrier stage ended, but not all ranks have reported that they are done", stage_lost=True
         )
-    text = _without_java_frames(str(error))
+    text = without_java_frames(str(error))
     cancelled = re.search(r"Job \d+ cancelled.*|\[OPERATION_CANCELED\].*", text)
     if cancelled:
         return Failure("CancelledError", f"the Spark job of the fit was cancelled: {cancelled[0]}")
@@ -271,7 +272,7 @@ def missing_module(error: Exception) -> str | None:
     )
 
 
-def _without_java_frames(text: str) -> str:
+def without_java_frames(text: str) -> str:
     """Spark's message without the Java stack: the Python traceback in it is what a user can read."""
     text = text.partition("\n\nJVM stacktrace:\n")[0]  # of Spark Connect
     lines = [line for line in text.splitlines() if not re.match(r"\s+at [\w.$/]+\(|\s*\.\.\. \d+ more", line)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.checkpoint.manifest import Manifest
@@ -23,10 +25,12 @@ from allreduce_spark.rendezvous.recovery import Restarts
 from allreduce_spark.spark.connect.driver import Order
 from allreduce_spark.spark.connect.inference import evaluate_rows_of, predict_rows_of, read_model, send_model
 from allreduce_spark.spark.connect.session import (
+    Profile,
     ask_executor,
     check_result_size,
     check_slots,
     count_slots,
+    register,
     wait_for_slots,
 )
 from allreduce_spark.spark.connect.shards import shards_of
@@ -66,19 +70,20 @@ class ConnectEngine:
     """
 
     session: SparkSession
+    profile: Profile | None
 
     @classmethod
-    def of(cls, session: SparkSession | None) -> ConnectEngine:
-        """The engine for a session, or for the active one where there is no other.
+    def of(cls, session: SparkSession | None, resources: ResourceProfile | None) -> ConnectEngine:
+        """The engine for a session, and tasks that ask for `resources`; None for what the application's settings say.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is none, or there are no such resources.
         """
         if session is None:
             raise ConfigError(
                 "there is no active Spark Connect session: make one first, with SparkSession.builder.remote(url).getOrCreate()"
             )
-        return cls(session)
+        return cls(session, register(session, resources))
 
     @property
     def application(self) -> str:
@@ -89,7 +94,7 @@ class ConnectEngine:
         return None if found is None else Manifest.from_json(found)
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
-        return check_slots(self.session, num_ranks, timeouts, min_ranks)
+        return check_slots(self.session, num_ranks, timeouts, min_ranks, self.profile)
 
     def fit(self, fit: Fit, display: Spectator) -> keras.callbacks.History:
         job = make_job(fit.model, fit.custom_objects, fit.callbacks, fit.config, fit.timeouts, fit.safety.saves)
@@ -109,7 +114,7 @@ class ConnectEngine:
             keras_environment=environment(),
         )
         shards = shards_of(self.session, fit.data, fit.validation_data, fit.columns, fit.num_ranks)
-        with scratch_folder() as folder, hold_slots(fit.num_ranks, self._slots):
+        with scratch_folder() as folder, self._hold_slots(fit.num_ranks):
             sent = send_files(self.session, job.files())
             self._run_stages(shards, order, sent, folder, fit.safety.recovery.min_ranks, display)
             history = take_over(fit.model, folder / "result-0")
@@ -129,7 +134,7 @@ class ConnectEngine:
             ranks_per_gpu=ranks_per_gpu,
             keras_environment=environment(),
         )
-        with hold_slots(num_ranks, self._slots):
+        with self._hold_slots(num_ranks):
             sent = send_files(self.session, job.files())
             self._run_stages(None, order, sent, folder, num_ranks, Nobody())
 
@@ -137,27 +142,31 @@ class ConnectEngine:
         return partial(read_model, send_model(self.session, packed))
 
     def predict(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[Any]:
-        return predict_rows_of(self.session, packed, batch_size, data, columns)
+        return predict_rows_of(self.session, packed, batch_size, data, columns, self.profile)
 
     def evaluate(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[PartitionMetrics]:
-        return evaluate_rows_of(self.session, packed, batch_size, data, columns)
+        return evaluate_rows_of(self.session, packed, batch_size, data, columns, self.profile)
 
-    def _slots(self) -> int:
-        slots = count_slots(self.session)
-        return MAX_RANKS if slots is None else slots
+    def _hold_slots(self, num_ranks: int) -> AbstractContextManager[None]:
+        def count() -> int:
+            slots = count_slots(self.session, self.profile)
+            return MAX_RANKS if slots is None else slots
+
+        return hold_slots(num_ranks, count, kind=self.profile and self.profile.requests)
 
     def _run_stages(
         self, shards: DataFrame | None, order: Order, sent: str, folder: Path, least: int | None, display: Spectator
     ) -> None:
         """Barrier stages, one after another, until there is a result. One does, unless machines are lost."""
         restarts = Restarts(order.max_restarts)
+        wait = partial(wait_for_slots, self.session, order.num_shards, timeouts=order.timeouts, profile=self.profile)
         if least is not None:
-            order = replace(order, num_ranks=wait_for_slots(self.session, order.num_shards, least, order.timeouts))
+            order = replace(order, num_ranks=wait(least))
         lost: Failure | None = None
         while True:
             display.show_phase(Phase.START)
             with _after(lost):
-                outcome = run_stage(self.session, shards, order, sent, folder, display.draw)
+                outcome = run_stage(self.session, shards, order, sent, folder, display.draw, self.profile)
             failure = outcome.failure
             if failure is None:
                 return
@@ -172,7 +181,7 @@ class ConnectEngine:
             if refusal is not None:
                 raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
             with _after(lost):
-                num_ranks = wait_for_slots(self.session, order.num_shards, least or 1, order.timeouts)
+                num_ranks = wait(least or 1)
             began_with = order.resumed and order.resumed["id"]
             order = replace(
                 order,

@@ -7,10 +7,13 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+from pyspark.errors import PySparkException
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.config import Timeouts
@@ -19,19 +22,76 @@ from allreduce_spark.spark.cluster import REGROUP_S, check_settings, is_local_ma
 from allreduce_spark.spark.connect.operation import Operation, running
 from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_pieces, pieces_of
 from allreduce_spark.spark.resources import TASK_RESOURCE, demand_of
-from allreduce_spark.spark.stage import error_of_job
+from allreduce_spark.spark.stage import error_of_job, without_java_frames
 
-__all__ = ["ask_executor", "check_result_size", "check_slots", "count_slots", "slots_of", "wait_for_slots"]
+__all__ = [
+    "Profile",
+    "ask_executor",
+    "check_result_size",
+    "check_slots",
+    "count_slots",
+    "register",
+    "slots_of",
+    "wait_for_slots",
+]
 
 POLL_S = 0.5
 
 
-def count_slots(session: SparkSession) -> int | None:
+@dataclass(frozen=True)
+class Profile:
+    """What each task asks of Spark in the place of what the settings say, as the server knows it.
+
+    Attributes:
+        id: By which `mapInArrow` names it.
+        requests: Name and amount, sorted.
+    """
+
+    id: int
+    requests: tuple[tuple[str, float], ...]
+
+
+def register(session: SparkSession, resources: ResourceProfile | None) -> Profile | None:
+    """The profile as the server knows it; None for None.
+
+    Not by `resources.id`: that one is made, for good, in the session that is the thread's own.
+
+    Raises:
+        ConfigError: The cluster manager has no such profiles, or the executors do not have what it asks for.
+    """
+    if resources is None:
+        return None
+    from pyspark.sql.connect import proto  # needs grpc, which not everybody has
+
+    requests = sorted((name, float(request.amount)) for name, request in resources.taskResources.items())
+    tasks = {name: proto.TaskResourceRequest(resource_name=name, amount=amount) for name, amount in requests}
+    try:
+        number = session.client._create_profile(proto.ResourceProfile(task_resources=tasks))
+    except PySparkException as error:
+        raise ConfigError(
+            f"Spark (master {session.conf.get('spark.master', None)}) has no tasks with these resources: "
+            f"{without_java_frames(str(error))}"
+        ) from error
+    return Profile(number, tuple(requests))
+
+
+def _settings(session: SparkSession, profile: Profile | None) -> dict[str, str]:
+    """Those of the application, as if they asked for what the tasks ask for."""
+    settings = session.conf.getAll
+    if profile is None:
+        return settings
+    settings = {name: value for name, value in settings.items() if not name.startswith(TASK_RESOURCE)}
+    for name, amount in profile.requests:
+        settings["spark.task.cpus" if name == "cpus" else f"{TASK_RESOURCE}{name}.amount"] = f"{amount:g}"
+    return settings
+
+
+def count_slots(session: SparkSession, profile: Profile | None = None) -> int | None:
     """How many barrier tasks the application could run at once, at most; None where that cannot be told from here.
 
     Spark plans a range in as many pieces as it has cores, and says so before it runs anything.
     """
-    settings = session.conf.getAll
+    settings = _settings(session, profile)
     if any(settings.get(f"spark.{name}") for name in ("default.parallelism", "sql.leafNodeDefaultParallelism")):
         return None
     plan = str(session.sql("EXPLAIN SELECT * FROM range(1)").collect()[0][0])
@@ -70,18 +130,24 @@ def _is_amount(name: str) -> bool:
     return name.startswith(TASK_RESOURCE) and name.endswith(".amount")
 
 
-def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+def check_slots(
+    session: SparkSession,
+    wanted: int | None,
+    timeouts: Timeouts,
+    min_ranks: int | None = None,
+    profile: Profile | None = None,
+) -> int:
     """The number of ranks: what is asked for, or as many as there are slots; with slots for `min_ranks` of them at least.
 
     Raises:
         ConfigError: There are too few slots, also after `slots_s`, or their number cannot be told and none is asked for; or no
             barrier stage can run there at all.
     """
-    settings = session.conf.getAll
+    settings = _settings(session, profile)
     _check_barriers(session, settings)
     started, needed = time.monotonic(), min_ranks or wanted or 1
     while True:
-        slots, waited_s = count_slots(session), time.monotonic() - started
+        slots, waited_s = count_slots(session, profile), time.monotonic() - started
         if slots is None and wanted is None:
             raise ConfigError(
                 "how many slots this Spark application has cannot be told from here (each rank asks for "
@@ -100,14 +166,16 @@ def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts, m
         time.sleep(POLL_S)
 
 
-def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: Timeouts) -> int:
+def wait_for_slots(
+    session: SparkSession, wanted: int, at_least: int, timeouts: Timeouts, profile: Profile | None = None
+) -> int:
     """How many ranks the next stage may have, where there need not be slots for all: see `spark.cluster.wait_for_slots`.
 
     Raises:
         ConfigError: There are not enough.
     """
     started = time.monotonic()
-    while (slots := count_slots(session)) is not None and slots < wanted:
+    while (slots := count_slots(session, profile)) is not None and slots < wanted:
         waited_s = time.monotonic() - started
         if slots >= at_least and waited_s > REGROUP_S:
             return slots

@@ -16,7 +16,7 @@ from pyspark.sql import DataFrame, SparkSession
 from allreduce_spark.errors import ConfigError, RendezvousTimeoutError
 from allreduce_spark.spark.connect.driver import OUTCOME, Order, Outcome
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
-from allreduce_spark.spark.connect.session import count_slots
+from allreduce_spark.spark.connect.session import Profile, count_slots
 from allreduce_spark.spark.connect.task import be_rank
 from allreduce_spark.spark.connect.transfer import SCHEMA
 from allreduce_spark.spark.stage import LEAVE_S, failure_of_job
@@ -27,7 +27,13 @@ POLL_S = 0.05
 
 
 def run_stage(
-    session: SparkSession, shards: DataFrame | None, order: Order, sent: str, folder: Path, on_wait: Callable[[], None]
+    session: SparkSession,
+    shards: DataFrame | None,
+    order: Order,
+    sent: str,
+    folder: Path,
+    on_wait: Callable[[], None],
+    profile: Profile | None = None,
 ) -> Outcome:
     """Run one agent per rank until the outcome is known.
 
@@ -38,6 +44,7 @@ def run_stage(
         order, sent: For the tasks: see `be_rank`.
         folder: Where what ranks send becomes the files `result-<rank>`.
         on_wait: Called many times a second, in this thread.
+        profile: What each task asks for; None for what the application's settings say.
 
     Raises:
         ConfigError: The stage got no slots within `slots_s`.
@@ -51,7 +58,10 @@ def run_stage(
     if shards is not None:
         rows = shards.union(rows)  # in this order: the number of a partition says which shards its rows go to
     stage = rows.repartitionById(order.num_ranks, "shard").mapInArrow(
-        partial(be_rank, order, sent), SCHEMA, barrier=True
+        partial(be_rank, order, sent),
+        SCHEMA,
+        barrier=True,
+        profile=profile,  # type: ignore[arg-type]  # of which it reads the id alone
     )
     for old in (folder / OUTCOME, *folder.glob("result-*")):
         old.unlink(missing_ok=True)
@@ -62,7 +72,7 @@ def run_stage(
             operation.join(POLL_S)
             on_wait()
             if operation.idle_s > timeouts.slots_s:
-                raise _no_slots(session, order)
+                raise _no_slots(count_slots(session, profile), order)
             if operation.still_s > timeouts.spool_s and not barrier_has_begun(operation.stages, order.num_ranks):
                 raise _no_rows(operation.stages, timeouts.spool_s)
             if give_up_at == math.inf and _has_failed(said):
@@ -117,8 +127,7 @@ def _append(folder: Path, name: str, piece: bytes) -> None:
         file.write(piece)
 
 
-def _no_slots(session: SparkSession, order: Order) -> ConfigError:
-    slots = count_slots(session)
+def _no_slots(slots: int | None, order: Order) -> ConfigError:
     return ConfigError(
         f"num_ranks={order.num_ranks} needs {order.num_ranks} free slots at once, and for {order.timeouts.slots_s:g} s no task "
         f"ran: the Spark application has {slots or 'an unknown number'} in all, and others may use them, or Spark still "
