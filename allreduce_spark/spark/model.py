@@ -53,7 +53,8 @@ class SparkModel:
     Fitting changes the Keras model that was passed in, weights and optimizer state, as `keras.Model.fit` does.
 
     The session may be one of Spark Connect: then data are its DataFrames, or arrays, and epochs are logged on the executor of
-    rank 0 instead of being shown here.
+    rank 0 instead of being shown here. Weights and optimizer state together must be less than spark.driver.maxResultSize of its
+    server.
 
     Args:
         model: Compiled. It may be unbuilt; then the first fit builds it.
