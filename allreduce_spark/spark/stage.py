@@ -268,7 +268,8 @@ def missing_module(error: Exception) -> str | None:
     return (
         f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
         "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and Keras are "
-        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile."
+        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile "
+        "(with Spark Connect: SparkSession.addArtifacts(path, pyfile=True))."
     )
 
 

@@ -28,6 +28,7 @@ import pytest
 from conftest import rank_processes
 from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_error, steps_in, stop_agent
 from pyspark import cloudpickle as spark_cloudpickle
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
@@ -271,8 +272,18 @@ def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
         spark_model.fit(bad.select("features"), verbose=0)
     with pytest.raises(DataError, match=r"shape \(3,\)"):
         spark_model.predict(np.zeros((4, 5), "float32"))
-    with pytest.raises(DataError, match="expected arrays"):
+    with pytest.raises(
+        DataError, match=r"expected arrays \(x, y\) or .*, or a Spark DataFrame\. .* spark\.createDataFrame"
+    ):
         spark_model.fit([1, 2, 3, 4], verbose=0)
+
+    def fail(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from batches
+        raise ZeroDivisionError("in a function of the user's own")
+
+    for call in (spark_model.predict, spark_model.evaluate):
+        with pytest.raises(PySparkException, match="ZeroDivisionError: in a function of the user's own"):
+            call(uneven(session).mapInArrow(fail, uneven(session).schema))
     with pytest.raises(ConfigError, match=r"num_ranks=3 needs 3 slots at once, .* has 2"):
         SparkModel(plain(), num_ranks=3).fit((X[:, :3], Y), verbose=0)
     with pytest.raises(ConfigError, match="fit, predict, evaluate"):
@@ -371,6 +382,20 @@ def test_the_ranks_of_a_client_that_is_gone_do_not_outlive_it_for_long(
         [sys.executable, program, json.dumps({**wish, "pause_s": 0.2})], timeout=120, env=environment
     )
     assert client.returncode == -signal.SIGKILL
+
+
+def test_a_module_of_the_users_own_reaches_the_ranks_as_an_artifact(session: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "an_artifact.py").write_text("ANSWER = 42\n")
+
+    def answer(communicator: Any) -> int:
+        import an_artifact
+
+        return int(an_artifact.ANSWER)
+
+    with pytest.raises(RankFailedError, match=r"No module named 'an_artifact'.*addArtifacts\(path, pyfile=True\)"):
+        run(answer)
+    session.addArtifacts(str(tmp_path / "an_artifact.py"), pyfile=True)
+    assert run(answer) == [42, 42]
 
 
 def test_functions_the_estimator_and_the_transformer_work_too(session: SparkSession, nothing_is_left: None) -> None:
