@@ -34,9 +34,6 @@ from pyspark.sql import DataFrame, SparkSession
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
 from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError, RendezvousTimeoutError
-from allreduce_spark.rendezvous.group import Failure
-from allreduce_spark.spark.connect import driver
-from allreduce_spark.spark.connect.stage import outcome_of
 
 pytest.importorskip("grpc_status", reason="the client of Spark Connect is missing: pip install 'pyspark[connect]'")
 pytestmark = [
@@ -55,20 +52,6 @@ with_horovod = pytest.mark.skipif(
 SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
 WATCHED = ("loss", "mae", "root_mean_squared_error")
 DETACHED_S = 3  # how long the server waits for a client that is gone
-
-
-def test_a_failure_that_the_ranks_driver_names_counts_for_more_than_what_spark_says(tmp_path: Path) -> None:
-    said = tmp_path / "outcome"
-    spark_says = RuntimeError("Job aborted due to stage failure: ExecutorLostFailure")
-    assert "ExecutorLost" in outcome_of(said, spark_says).failure.cause
-    driver.Outcome(None, place=(3, 1)).write(tmp_path)
-    (tmp_path / driver.OUTCOME).rename(said)
-    assert outcome_of(said, None) == driver.Outcome(None, place=(3, 1))
-    assert outcome_of(said, spark_says).stage_is_lost, "results may be missing"
-    named = driver.Outcome(Failure("AgentLost", "the machine of rank 1 is gone", rank=1), True, (2, 0))
-    named.write(tmp_path)
-    (tmp_path / driver.OUTCOME).rename(said)
-    assert outcome_of(said, spark_says) == named
 
 
 def uneven(session: SparkSession) -> DataFrame:

@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from allreduce_spark.errors import ConfigError
+from allreduce_spark.rendezvous.group import Failure
+from allreduce_spark.spark.connect.driver import END, Outcome
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
 from allreduce_spark.spark.connect.session import check_result_size, slots_of
-from allreduce_spark.spark.connect.stage import barrier_has_begun
+from allreduce_spark.spark.connect.stage import barrier_has_begun, outcome_of
 from allreduce_spark.spark.engine import engine_for
 
 SOURCE = Stage(0, 5, 5, True)  # of the user's, with a shuffle behind it
@@ -144,3 +147,19 @@ def test_a_model_that_the_server_would_not_take_back_is_refused_with_its_size() 
         ConfigError, match=r"are 1500 MiB at least, .* Start the server with spark.driver.maxResultSize=1688m"
     ):
         check_result_size({}, 1500 << 20)
+
+
+def test_a_failure_that_the_ranks_driver_names_counts_for_more_than_what_spark_says(tmp_path: Path) -> None:
+    spark_says = RuntimeError("Job aborted due to stage failure: ExecutorLostFailure")
+    assert "ExecutorLost" in outcome_of(tmp_path, spark_says).failure.cause
+    Outcome(None, place=(3, 1)).write(tmp_path)
+    assert outcome_of(tmp_path, None) == Outcome(None, place=(3, 1))
+    assert outcome_of(tmp_path, spark_says).stage_is_lost, "results may be missing"
+    (tmp_path / END).touch()
+    assert outcome_of(tmp_path, spark_says) == Outcome(None, place=(3, 1)), (
+        "another task was stuck, and has been cancelled"
+    )
+    (tmp_path / END).unlink()
+    named = Outcome(Failure("AgentLost", "the machine of rank 1 is gone", rank=1), True, (2, 0))
+    named.write(tmp_path)
+    assert outcome_of(tmp_path, spark_says) == named

@@ -38,11 +38,11 @@ from allreduce_spark.spark.hosting import EachEpochOnce, rendezvous_for
 from allreduce_spark.spark.recovery import Safety, coordinate
 from allreduce_spark.training.forking import die_with
 
-__all__ = ["OUTCOME", "Order", "Outcome", "end_task"]
+__all__ = ["END", "OUTCOME", "Order", "Outcome", "end_task"]
 
 log = logging.getLogger("allreduce_spark.driver")
 
-OUTCOME, _ORDER = "outcome.json", "order.json"
+OUTCOME, END, _ORDER = "outcome.json", "end", "order.json"
 POLL_S = 0.05
 
 Approve = Callable[[Sequence[Join]], dict[str, Any]]

@@ -14,7 +14,7 @@ from pathlib import Path
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.errors import ConfigError, RendezvousTimeoutError
-from allreduce_spark.spark.connect.driver import OUTCOME, Order, Outcome
+from allreduce_spark.spark.connect.driver import END, OUTCOME, Order, Outcome
 from allreduce_spark.spark.connect.operation import Operation, Stage, running
 from allreduce_spark.spark.connect.session import Profile, count_slots
 from allreduce_spark.spark.connect.task import be_rank
@@ -37,7 +37,7 @@ def run_stage(
 ) -> Outcome:
     """Run one agent per rank until the outcome is known.
 
-    That of a failure may be known before the stage has ended, because a task is stuck: then it is cancelled.
+    Once the task of rank 0 has answered, it is. A stage that does not end then, because another task is stuck, is cancelled.
 
     Args:
         shards: (shard int, block binary), in any partitions; None where there are no rows.
@@ -63,10 +63,9 @@ def run_stage(
         barrier=True,
         profile=profile,  # type: ignore[arg-type]  # of which it reads the id alone
     )
-    for old in (folder / OUTCOME, *folder.glob("result-*")):
+    for old in (folder / OUTCOME, folder / END, *folder.glob("result-*")):
         old.unlink(missing_ok=True)
-    said, timeouts = folder / OUTCOME, order.timeouts
-    give_up_at = math.inf
+    timeouts, give_up_at = order.timeouts, math.inf
     with running(Operation(session, stage, partial(_append, folder)), timeouts.teardown_s) as operation:
         while operation.is_alive():
             operation.join(POLL_S)
@@ -75,12 +74,13 @@ def run_stage(
                 raise _no_slots(count_slots(session, profile), order)
             if operation.still_s > timeouts.spool_s and not barrier_has_begun(operation.stages, order.num_ranks):
                 raise _no_rows(operation.stages, timeouts.spool_s)
-            if give_up_at == math.inf and _has_failed(said):
-                give_up_at = time.monotonic() + LEAVE_S
+            if give_up_at == math.inf and (folder / END).exists():
+                failed = outcome_of(folder, None).failure is not None
+                give_up_at = time.monotonic() + (LEAVE_S if failed else timeouts.teardown_s)
             elif time.monotonic() > give_up_at:
-                operation.end(timeouts.teardown_s)  # some task is stuck that the ranks' driver has given up
+                operation.end(timeouts.teardown_s)
                 break
-    return outcome_of(said, operation.error)
+    return outcome_of(folder, operation.error)
 
 
 def barrier_has_begun(stages: Sequence[Stage], num_ranks: int) -> bool:
@@ -99,24 +99,17 @@ def barrier_has_begun(stages: Sequence[Stage], num_ranks: int) -> bool:
     return any(stage.is_done and stage.tasks == before.tasks for stage in stages)
 
 
-def _has_failed(said: Path) -> bool:
-    """Whether the ranks' driver has named a failure."""
-    try:
-        return Outcome.from_json(said.read_bytes()).failure is not None
-    except (FileNotFoundError, ValueError):  # ValueError: a part of it
-        return False
-
-
-def outcome_of(said: Path, error: Exception | None) -> Outcome:
-    """What came of a stage that has ended.
+def outcome_of(folder: Path, error: Exception | None) -> Outcome:
+    """What came of a stage.
 
     Args:
-        said: Where the ranks' driver has written it, if it came so far. A failure that it names counts for more than what
-            Spark says of it, which comes later; a success does not, because results may be missing.
+        folder: Where the answers of rank 0's task are, as far as they came. A failure that they name counts for more than what
+            Spark says of it, which comes later; a success does, where they came to their end.
         error: What Spark says; None after a success.
     """
+    said = folder / OUTCOME
     outcome = Outcome.from_json(said.read_bytes()) if said.exists() else None
-    if outcome is not None and (error is None or outcome.failure is not None):
+    if outcome is not None and (error is None or outcome.failure is not None or (folder / END).exists()):
         return outcome
     failure = failure_of_job(error)
     return Outcome(failure, failure.stage_lost)

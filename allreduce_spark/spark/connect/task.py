@@ -27,7 +27,7 @@ from allreduce_spark.launch.agent import AgentTask, run_agent
 from allreduce_spark.launch.environment import rank_environment
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
-from allreduce_spark.spark.connect.driver import OUTCOME, POLL_S, Order, Outcome
+from allreduce_spark.spark.connect.driver import END, OUTCOME, POLL_S, Order, Outcome
 from allreduce_spark.spark.connect.transfer import pieces_of, read_files
 from allreduce_spark.spark.stage import host_of, place_of
 
@@ -43,7 +43,7 @@ def be_rank(order: Order, sent: str, batches: Iterator[pa.RecordBatch]) -> Itera
         batches: The rows of this partition: (shard int, block binary).
 
     Yields:
-        In partition 0, what came of the stage: the `OUTCOME` and, if it is a success, the results of the ranks.
+        In partition 0, what came of the stage: the `OUTCOME` and, if it is a success, the results of the ranks; then the `END`.
 
     Raises:
         RendezvousError: The driver's process could not be reached, or was lost.
@@ -133,6 +133,7 @@ class _DriverProcess:
         if Outcome.from_json(outcome.read_bytes()).failure is None:
             for result in sorted(self._folder.glob("result-*")):
                 yield from pieces_of(result.name, result)
+        yield from pieces_of(END, b"")
 
     def close(self) -> None:
         """Kill it if it is still there."""
