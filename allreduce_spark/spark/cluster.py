@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile
@@ -30,6 +30,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+LOOK_S = 0.2  # at slots that may come back; with Spark Connect each look is a question to the server
 REGROUP_S = 3.0
 
 
@@ -126,27 +127,28 @@ def check_settings(master: str, settings: Mapping[str, str]) -> None:
         )
 
 
-def wait_for_slots(
-    context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts, resources: ResourceProfile | None = None
-) -> int:
-    """How many ranks the next stage may have, after machines were lost.
+def wait_for_slots(count: Callable[[], int | None], wanted: int, at_least: int, slots_s: float) -> int:
+    """How many ranks the next stage may have, where there need not be slots for all: at the start, or after machines were lost.
 
     A cluster manager may start executors anew; `REGROUP_S` is waited for all of the slots, `slots_s` for the least of them.
+
+    Args:
+        count: How many slots there are now; None where nobody knows, and all may be there.
 
     Raises:
         ConfigError: There are not enough.
     """
     started = time.monotonic()
-    while (slots := count_slots(context, resources)) < wanted:
+    while (slots := count()) is not None and slots < wanted:
         waited = time.monotonic() - started
         if slots >= at_least and waited > REGROUP_S:
             return slots
-        if waited > timeouts.slots_s:
+        if waited > slots_s:
             raise ConfigError(
-                f"after machines were lost there are {slots} slots, and at least min_ranks={at_least} are needed; waited "
-                f"{waited:.0f} s for executors to return. Setting: Timeouts.slots_s"
+                f"there are {slots} slots, and at least {at_least} are needed; waited {waited:.0f} s for executors to come. "
+                "Setting: Timeouts.slots_s"
             )
-        time.sleep(POLL_S)
+        time.sleep(LOOK_S)
     return wanted
 
 

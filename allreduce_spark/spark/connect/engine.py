@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
+from allreduce_spark.spark.cluster import wait_for_slots
 from allreduce_spark.spark.connect.driver import Order
 from allreduce_spark.spark.connect.inference import evaluate_rows_of, predict_rows_of, read_model, send_model
 from allreduce_spark.spark.connect.session import (
@@ -31,13 +31,13 @@ from allreduce_spark.spark.connect.session import (
     check_slots,
     count_slots,
     register,
-    wait_for_slots,
 )
 from allreduce_spark.spark.connect.shards import shards_of
 from allreduce_spark.spark.connect.stage import run_stage
 from allreduce_spark.spark.connect.transfer import send_files
 from allreduce_spark.spark.engine import Fit
 from allreduce_spark.spark.progress import Nobody
+from allreduce_spark.spark.ranks import Spectator, check_restart, warn_of_restart
 from allreduce_spark.spark.shards import Columns
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import error_of
@@ -50,14 +50,11 @@ from allreduce_spark.training.result import least_bytes, take_over
 if TYPE_CHECKING:
     import keras
 
-    from allreduce_spark.spark.ranks import Spectator
     from allreduce_spark.training.function import FunctionJob
     from allreduce_spark.training.inference import PartitionMetrics
     from allreduce_spark.training.scoring import PackedModel
 
 __all__ = ["ConnectEngine"]
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,8 @@ class ConnectEngine:
     ) -> None:
         """Barrier stages, one after another, until there is a result. One does, unless machines are lost."""
         restarts = Restarts(order.max_restarts)
-        wait = partial(wait_for_slots, self.session, order.num_shards, timeouts=order.timeouts, profile=self.profile)
+        slots = partial(count_slots, self.session, self.profile)
+        wait = partial(wait_for_slots, slots, order.num_shards, slots_s=order.timeouts.slots_s)
         if least is not None:
             order = replace(order, num_ranks=wait(least))
         lost: Failure | None = None
@@ -177,9 +175,7 @@ class ConnectEngine:
                 keeps = order.checkpoint.path is not None
                 newest = self.newest_checkpoint(order.checkpoint, order.timeouts) if keeps else None
             reached = (-1, -1) if newest is None else (newest.epoch, newest.step)
-            refusal = restarts.refusal([failure], max(outcome.place, reached))
-            if refusal is not None:
-                raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
+            check_restart(restarts, failure, max(outcome.place, reached))
             with _after(lost):
                 num_ranks = wait(least or 1)
             began_with = order.resumed and order.resumed["id"]
@@ -189,11 +185,7 @@ class ConnectEngine:
                 resumed=None if newest is None else newest.to_json(),
                 of_this_fit=order.of_this_fit or (newest is not None and newest.id != began_with),
             )
-            log.warning(
-                "another barrier stage goes on from %s with %d of %d ranks: %s",
-                "the beginning" if newest is None else f"epoch {newest.epoch}, step {newest.step}",
-                num_ranks, order.num_shards, failure.text,
-            )  # fmt: skip
+            warn_of_restart(newest, num_ranks, order.num_shards, failure.text)
 
 
 @contextlib.contextmanager

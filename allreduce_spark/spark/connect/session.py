@@ -18,7 +18,7 @@ from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ConfigError
-from allreduce_spark.spark.cluster import REGROUP_S, check_settings, is_local_master
+from allreduce_spark.spark.cluster import check_settings, is_local_master
 from allreduce_spark.spark.connect.operation import Operation, running
 from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_pieces, pieces_of
 from allreduce_spark.spark.resources import TASK_RESOURCE, demand_of
@@ -32,7 +32,6 @@ __all__ = [
     "count_slots",
     "register",
     "slots_of",
-    "wait_for_slots",
 ]
 
 POLL_S = 0.5
@@ -164,28 +163,6 @@ def check_slots(
                 f"lower {name} to {max(slots, 1)} or fewer, or give the server more executors."
             )
         time.sleep(POLL_S)
-
-
-def wait_for_slots(
-    session: SparkSession, wanted: int, at_least: int, timeouts: Timeouts, profile: Profile | None = None
-) -> int:
-    """How many ranks the next stage may have, where there need not be slots for all: see `spark.cluster.wait_for_slots`.
-
-    Raises:
-        ConfigError: There are not enough.
-    """
-    started = time.monotonic()
-    while (slots := count_slots(session, profile)) is not None and slots < wanted:
-        waited_s = time.monotonic() - started
-        if slots >= at_least and waited_s > REGROUP_S:
-            return slots
-        if waited_s > timeouts.slots_s:
-            raise ConfigError(
-                f"there are {slots} slots, and at least {at_least} are needed; waited {waited_s:.0f} s for executors to come. "
-                "Setting: Timeouts.slots_s"
-            )
-        time.sleep(POLL_S)
-    return wanted
 
 
 def check_result_size(settings: Mapping[str, str], least: int) -> None:
