@@ -36,7 +36,8 @@ class Timeouts:
         start_s: From when the barrier stage could start until every agent has connected to the driver. While other tasks of
             the application run, those that it takes its rows from among them, it waits for slots, for up to `spool_s`.
         spool_s: Reading and writing down all shards; includes what is upstream of them in the same stage. Before that stage:
-            waiting for the tasks that it takes its rows from, or that have its slots.
+            waiting for the tasks that it takes its rows from, or that have its slots. With Spark Connect, from the end of one
+            of those that make its rows to the end of the next.
         import_s: Importing TensorFlow and loading the model, in every rank.
         init_s: Opening the communicator.
         step_s: From one optimizer step to the next (the first one compiles); also for validation and callbacks.
@@ -46,7 +47,8 @@ class Timeouts:
         checkpoint_s: Bringing a checkpoint to its store. Training goes on meanwhile, and waits for it at the end of some epochs
             and at its own end; after so long it goes on without that checkpoint.
         result_s: Bringing the weights from the root to the driver.
-        teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known.
+        teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known. With Spark Connect a task
+            of rank 0 that has not told of a failure by then is killed.
         heartbeat_s: From one sign of life to the next, between driver and agents, in both directions.
         silence_s: Without a sign of life for so long, the other end is taken for dead.
     """

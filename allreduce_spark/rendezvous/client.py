@@ -173,7 +173,8 @@ def _connect(address: tuple[str, int], key: bytes, timeout_s: float) -> tuple[so
         except OSError as error:
             raise RendezvousError(
                 f"{socket.gethostname()} cannot reach the driver at {address[0]}:{address[1]} ({error}). Executors must be "
-                "able to open TCP connections to the driver: see spark.driver.host, and firewalls between them."
+                "able to open TCP connections to the driver: see spark.driver.host, and firewalls between them. With Spark "
+                "Connect it is on the host of rank 0's executor, and executors must be able to reach each other."
             ) from error
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -74,7 +74,8 @@ class Rendezvous:
             self.close()
             raise RendezvousError(
                 f"the driver cannot listen on {host!r}: {error}. It is the address that executors use to reach the driver "
-                "(spark.driver.bindAddress or spark.driver.host)."
+                "(spark.driver.bindAddress or spark.driver.host; with Spark Connect, the host of rank 0's executor, as Spark "
+                "names it)."
             ) from error
         return self.address
 

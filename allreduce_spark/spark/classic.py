@@ -57,8 +57,8 @@ class ClassicEngine:
     def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
         return Store(str(checkpoint.path)).latest()
 
-    def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
-        return check_cluster(self.context, num_ranks, timeouts, self.resources)
+    def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+        return check_cluster(self.context, num_ranks, timeouts, self.resources, min_ranks)
 
     def fit(self, fit: Fit, display: Display) -> keras.callbacks.History:
         if is_local(self.context):

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile
@@ -13,13 +14,23 @@ from pyspark.sql.utils import is_remote
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import ConfigError
-from allreduce_spark.spark.resources import demand
+from allreduce_spark.spark.resources import TASK_RESOURCE, demand, demand_of
 
-__all__ = ["active_context", "check_cluster", "count_slots", "driver_addresses", "is_local", "wait_for_slots"]
+__all__ = [
+    "active_context",
+    "check_cluster",
+    "check_settings",
+    "count_slots",
+    "driver_addresses",
+    "is_local",
+    "is_local_master",
+    "wait_for_slots",
+]
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
+LOOK_S = 0.2  # at slots that may come back; with Spark Connect each look is a question to the server
 REGROUP_S = 3.0
 
 
@@ -57,9 +68,13 @@ def count_slots(context: SparkContext, resources: ResourceProfile | None = None)
 
 
 def check_cluster(
-    context: SparkContext, num_ranks: int | None, timeouts: Timeouts, resources: ResourceProfile | None = None
+    context: SparkContext,
+    num_ranks: int | None,
+    timeouts: Timeouts,
+    resources: ResourceProfile | None = None,
+    min_ranks: int | None = None,
 ) -> int:
-    """Make sure that a barrier stage of `num_ranks` tasks can run, before it is submitted.
+    """Make sure that a barrier stage of `num_ranks` tasks can run, or one of `min_ranks`, before it is submitted.
 
     Spark itself would say nothing for ten minutes (40 checks, 15 s apart). A young application on a cluster is given
     `slots_s` for its executors to register; in local mode the slots are known at once.
@@ -67,6 +82,7 @@ def check_cluster(
     Args:
         num_ranks: How many ranks are asked for; None for as many as there are slots.
         resources: As for `count_slots`.
+        min_ranks: With how few the work may begin; None for no fewer than are asked for.
 
     Returns:
         The number of ranks.
@@ -74,54 +90,65 @@ def check_cluster(
     Raises:
         ConfigError: There are too few slots, dynamic allocation is on, or tasks ask for what local mode does not have.
     """
-    settings = context.getConf()
-    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
-        raise ConfigError(
-            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false and "
-            "give the application a fixed number of executors (spark.executor.instances or spark.cores.max)."
-        )
-    if is_local(context) and any(name.startswith("spark.task.resource.") for name, _ in settings.getAll()):
-        raise ConfigError(
-            f"with master {context.master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
-            f"({demand(context, None)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
-        )
+    check_settings(str(context.master), dict(context.getConf().getAll()))
     age_s = max(0.0, time.time() - context.startTime / 1000)  # a Unix time, as startTime is
     started, wait_s = time.monotonic(), 0.0 if is_local(context) else timeouts.slots_s - age_s
-    wanted = num_ranks or 1
-    while (slots := count_slots(context, resources)) < wanted and time.monotonic() - started < wait_s:
+    needed = min_ranks or num_ranks or 1
+    while (slots := count_slots(context, resources)) < needed and time.monotonic() - started < wait_s:
         time.sleep(POLL_S)
-    if slots < wanted:
+    if slots < needed:
         waited = f", {timeouts.slots_s:g} s after it began (Timeouts.slots_s)" if wait_s > 0 else ""
         executors = len(context._jsc.sc().statusTracker().getExecutorInfos()) - (0 if is_local(context) else 1)
+        name = "min_ranks" if min_ranks else "num_ranks"
         raise ConfigError(
-            f"num_ranks={wanted} needs {wanted} slots at once, but this Spark application has {slots}{waited} (master "
+            f"{name}={needed} needs {needed} slots at once, but this Spark application has {slots}{waited} (master "
             f"{context.master}, {executors} executors; {demand(context, resources)} for each). A barrier stage starts all its "
-            f"ranks at once or none: lower num_ranks to {max(slots, 1)} or fewer, or add executors."
+            f"ranks at once or none: lower {name} to {max(slots, 1)} or fewer, or add executors."
         )
     return num_ranks or slots
 
 
-def wait_for_slots(
-    context: SparkContext, wanted: int, at_least: int, timeouts: Timeouts, resources: ResourceProfile | None = None
-) -> int:
-    """How many ranks the next stage may have, after machines were lost.
+def check_settings(master: str, settings: Mapping[str, str]) -> None:
+    """Make sure that barrier stages can run with the settings of the application.
+
+    Raises:
+        ConfigError: Dynamic allocation is on, or tasks ask for what local mode does not have.
+    """
+    if settings.get("spark.dynamicAllocation.enabled", "false").lower() == "true":
+        raise ConfigError(
+            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Set it to false where "
+            "the application, or its Connect server, is started, and give it a fixed number of executors "
+            "(spark.executor.instances or spark.cores.max)."
+        )
+    if is_local_master(master) and any(name.startswith(TASK_RESOURCE) for name in settings):
+        raise ConfigError(
+            f"with master {master} Spark gives tasks no resources, and they would wait for ever for what they ask for "
+            f"({demand_of(settings)}). Leave these settings out: on one machine each rank takes the GPU of its local rank."
+        )
+
+
+def wait_for_slots(count: Callable[[], int | None], wanted: int, at_least: int, slots_s: float) -> int:
+    """How many ranks the next stage may have, where there need not be slots for all: at the start, or after machines were lost.
 
     A cluster manager may start executors anew; `REGROUP_S` is waited for all of the slots, `slots_s` for the least of them.
+
+    Args:
+        count: How many slots there are now; None where nobody knows, and all may be there.
 
     Raises:
         ConfigError: There are not enough.
     """
     started = time.monotonic()
-    while (slots := count_slots(context, resources)) < wanted:
+    while (slots := count()) is not None and slots < wanted:
         waited = time.monotonic() - started
         if slots >= at_least and waited > REGROUP_S:
             return slots
-        if waited > timeouts.slots_s:
+        if waited > slots_s:
             raise ConfigError(
-                f"after machines were lost there are {slots} slots, and at least min_ranks={at_least} are needed; waited "
-                f"{waited:.0f} s for executors to return. Setting: Timeouts.slots_s"
+                f"there are {slots} slots, and at least {at_least} are needed; waited {waited:.0f} s for executors to come. "
+                "Setting: Timeouts.slots_s"
             )
-        time.sleep(POLL_S)
+        time.sleep(LOOK_S)
     return wanted
 
 
@@ -145,4 +172,9 @@ def _use_this_python(context: SparkContext) -> None:
 
 def is_local(context: SparkContext) -> bool:
     """Whether driver and executors are one process."""
-    return str(context.master).split("[")[0] == "local"
+    return is_local_master(str(context.master))
+
+
+def is_local_master(master: str) -> bool:
+    """The same, for what spark.master says."""
+    return master.split("[")[0] == "local"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pyspark.errors import PySparkRuntimeError
 from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql.utils import is_remote
 
 from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
-from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.shards import Columns, FormedTable
 
 if TYPE_CHECKING:
@@ -68,8 +68,11 @@ class Engine(Protocol):
     def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
         """The last complete one in its store, which is looked at from where the fit's driver will be."""
 
-    def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
-        """The number of ranks that there are slots for: `num_ranks`, or where that is None, as many as there are."""
+    def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+        """The number of ranks: `num_ranks`, or where that is None, as many as there are slots.
+
+        There are slots for all of them, or for `min_ranks` at least, where that is given.
+        """
 
     def fit(self, fit: Fit, display: Display) -> keras.callbacks.History:
         """Train the model."""
@@ -92,6 +95,8 @@ class Engine(Protocol):
 def engine_for(*data: Any, resources: ResourceProfile | None = None) -> Engine:
     """The engine for these data: that of the session of a DataFrame among them, else that of the active session.
 
+    The active one of a thread that has made no Connect session is the default one of the process, as it is for Spark.
+
     Args:
         resources: What each task is to ask of Spark; None for what the application's settings say.
 
@@ -101,16 +106,19 @@ def engine_for(*data: Any, resources: ResourceProfile | None = None) -> Engine:
     frames = [part.frame if isinstance(part, FormedTable) else part for part in data]
     remote = [frame for frame in frames if isinstance(frame, DataFrame) and _is_of_connect(frame)]
     if remote or is_remote():
-        if resources is not None:
-            raise ConfigError(
-                "resources is not offered with Spark Connect: let the settings of the application say what a task asks for."
-            )
         from allreduce_spark.spark.connect.engine import ConnectEngine  # needs grpc, which not everybody has
 
-        return ConnectEngine.of(remote[0].sparkSession if remote else SparkSession.getActiveSession())
+        return ConnectEngine.of(remote[0].sparkSession if remote else _active_session(), resources)
     from allreduce_spark.spark.classic import ClassicEngine
 
     return ClassicEngine.of_active_context(resources)
+
+
+def _active_session() -> SparkSession | None:
+    try:
+        return SparkSession.active()
+    except PySparkRuntimeError:
+        return None  # nor is there a default one
 
 
 def _is_of_connect(frame: DataFrame) -> bool:

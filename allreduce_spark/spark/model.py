@@ -29,7 +29,7 @@ from allreduce_spark.spark.engine import Fit, engine_for
 from allreduce_spark.spark.files import load_model_at, save_model
 from allreduce_spark.spark.inference import concatenate
 from allreduce_spark.spark.progress import Display, verbosity_of
-from allreduce_spark.spark.recovery import Safety, check_resume
+from allreduce_spark.spark.recovery import Safety, check_min_ranks, check_resume
 from allreduce_spark.spark.resources import check_resources
 from allreduce_spark.spark.shards import columns_of
 from allreduce_spark.training.checks import check_backends, check_callbacks, check_classes, check_model
@@ -53,7 +53,8 @@ class SparkModel:
     Fitting changes the Keras model that was passed in, weights and optimizer state, as `keras.Model.fit` does.
 
     The session may be one of Spark Connect: then data are its DataFrames, or arrays, and epochs are logged on the executor of
-    rank 0 instead of being shown here.
+    rank 0 instead of being shown here. Weights and optimizer state together must be less than spark.driver.maxResultSize of its
+    server.
 
     Args:
         model: Compiled. It may be unbuilt; then the first fit builds it.
@@ -164,7 +165,8 @@ class SparkModel:
                 without having come further than before. 0 gives up at once.
             min_ranks: Train with as few ranks as this if there are no slots for more, until there are. The rows of each global
                 batch stay the same: every rank takes more of them. None asks for all ranks at the start, and goes on with as
-                many as there are when machines are lost.
+                many as there are when machines are lost. Not more than `num_ranks`; where that is None, the fit waits for so
+                many slots, and takes all that there are then.
 
         Returns:
             The history of this fit. Metrics are those of all ranks' rows.
@@ -201,7 +203,8 @@ class SparkModel:
                 seed = random.randrange(2**32) if resumed is None else resumed.fingerprint["seed"]
             display.show_phase(Phase.SLOTS)
             wanted = self.num_ranks or (resumed.num_shards if resumed else None)
-            num_ranks = max(engine.check_slots(min_ranks or wanted, self.timeouts), wanted or 1)
+            check_min_ranks(min_ranks, wanted)
+            num_ranks = engine.check_slots(wanted, self.timeouts, min_ranks)
             for part in (data, validation_data):
                 if isinstance(part, (tuple, list)) and len(part) > 1:
                     check_classes(self.model, part[1])

@@ -21,7 +21,7 @@ from pyspark.resource import ResourceProfile
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.manifest import Manifest
 from allreduce_spark.config import Recovery, Timeouts
-from allreduce_spark.rendezvous.group import Join
+from allreduce_spark.rendezvous.group import Failure, Join
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts, place_of
 from allreduce_spark.rendezvous.server import Rendezvous
@@ -31,7 +31,7 @@ from allreduce_spark.spark.shards import shards_for
 from allreduce_spark.spark.stage import StageTask, error_of, run_stage
 from allreduce_spark.training.backends import environment
 
-__all__ = ["Spectator", "Work", "run_work"]
+__all__ = ["Spectator", "Work", "check_restart", "run_work", "warn_of_restart"]
 
 log = logging.getLogger(__name__)
 
@@ -94,20 +94,38 @@ def run_work(work: Work) -> None:
         AllReduceSparkError, KeyboardInterrupt: What ended it.
     """
     least, restarts = work.recovery.min_ranks, Restarts(work.recovery.max_restarts)
-    num_ranks = work.num_shards
+    num_ranks, slots = work.num_shards, partial(count_slots, work.context, work.resources)
     if least is not None:
-        num_ranks = wait_for_slots(work.context, work.num_shards, least, work.timeouts, work.resources)
+        num_ranks = wait_for_slots(slots, work.num_shards, least, work.timeouts.slots_s)
     while (why := _run_stage(work, restarts, num_ranks)) is not None:
         work.coordinator.fall_back()
-        num_ranks = wait_for_slots(work.context, work.num_shards, least or 1, work.timeouts, work.resources)
-        log.warning(
-            "another barrier stage goes on from %s with %d of %d ranks: %s",
-            _place_of(work.coordinator.newest), num_ranks, work.num_shards, why,
-        )  # fmt: skip
+        num_ranks = wait_for_slots(slots, work.num_shards, least or 1, work.timeouts.slots_s)
+        warn_of_restart(work.coordinator.newest, num_ranks, work.num_shards, why)
 
 
-def _place_of(checkpoint: Manifest | None) -> str:
-    return f"epoch {checkpoint.epoch}, step {checkpoint.step}" if checkpoint else "the beginning"
+def warn_of_restart(newest: Manifest | None, num_ranks: int, num_shards: int, why: str) -> None:
+    """Log that another barrier stage goes on.
+
+    Args:
+        newest: The checkpoint that it goes on from; None for the beginning.
+        why: For people.
+    """
+    place = f"epoch {newest.epoch}, step {newest.step}" if newest else "the beginning"
+    log.warning("another barrier stage goes on from %s with %d of %d ranks: %s", place, num_ranks, num_shards, why)
+
+
+def check_restart(restarts: Restarts, lost: Failure, place: tuple[int, int]) -> None:
+    """Make sure that another barrier stage may follow the one that was lost.
+
+    Args:
+        place: As for `Restarts.refusal`.
+
+    Raises:
+        AllReduceSparkError: The failure, where none may.
+    """
+    refusal = restarts.refusal([lost], place)
+    if refusal is not None:
+        raise error_of(replace(lost, cause=f"{lost.cause}\n({refusal})") if refusal else lost)
 
 
 def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
@@ -149,9 +167,7 @@ def _run_stage(work: Work, restarts: Restarts, num_ranks: int) -> str | None:
         return "there are slots for more ranks" if rendezvous.regroups else None
     if not rendezvous.stage_is_lost:
         raise error_of(failure)
-    refusal = restarts.refusal([failure], place_of(rendezvous.stations))
-    if refusal is not None:
-        raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
+    check_restart(restarts, failure, place_of(rendezvous.stations))
     return failure.text
 
 

@@ -15,7 +15,7 @@ from allreduce_spark.config import Checkpoint, Recovery
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
 
-__all__ = ["Safety", "check_resumable", "check_resume", "coordinate"]
+__all__ = ["Safety", "check_min_ranks", "check_resumable", "check_resume", "coordinate"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,20 @@ def check_resume(checkpoint: Checkpoint | None, resume: object) -> bool:
     if resume == "auto" and (checkpoint is None or checkpoint.path is None):
         raise ConfigError("resume='auto' needs a place to look at: pass checkpoint=Checkpoint(path).")
     return resume == "auto"
+
+
+def check_min_ranks(min_ranks: int | None, num_ranks: int | None) -> None:
+    """Make sure that a fit of `num_ranks` ranks, None for as many as there are slots, may train with as few as `min_ranks`.
+
+    Raises:
+        ConfigError: It may not, because these are more.
+    """
+    if min_ranks is not None and num_ranks is not None and min_ranks > num_ranks:
+        raise ConfigError(
+            f"min_ranks={min_ranks} is more than num_ranks={num_ranks}, the number of ranks that the fit has where there are "
+            f"slots for all: lower min_ranks to {num_ranks} or less, or raise num_ranks. (Where num_ranks is not given, a fit "
+            "that goes on from a checkpoint has as many as it had.)"
+        )
 
 
 @contextlib.contextmanager

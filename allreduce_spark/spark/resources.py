@@ -7,13 +7,17 @@ would need dynamic allocation, which barrier stages refuse.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from py4j.protocol import Py4JError
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile, ResourceProfileBuilder, TaskResourceRequests
 
 from allreduce_spark.errors import ConfigError
 
-__all__ = ["check_resources", "demand", "register"]
+__all__ = ["check_resources", "demand", "demand_of", "register"]
+
+TASK_RESOURCE = "spark.task.resource."
 
 
 def check_resources(resources: object) -> ResourceProfile | None:
@@ -57,7 +61,11 @@ def demand(context: SparkContext, resources: ResourceProfile | None) -> str:
     if resources is not None:
         requests = sorted(resources.taskResources.items())
         return "resources: " + ", ".join(f"{name}={request.amount:g}" for name, request in requests)
-    settings = context.getConf()
-    others = {name: value for name, value in settings.getAll() if name.startswith("spark.task.resource.")}
+    return demand_of(dict(context.getConf().getAll()))
+
+
+def demand_of(settings: Mapping[str, str]) -> str:
+    """What each task asks for by the settings of an application."""
+    others = {name: value for name, value in settings.items() if name.startswith(TASK_RESOURCE)}
     asked = {"spark.task.cpus": settings.get("spark.task.cpus", "1"), **others}
     return ", ".join(f"{name}={amount}" for name, amount in asked.items())

@@ -36,7 +36,7 @@ def run(
     """Call `function(communicator, *args, **kwargs)` once on every rank, all at the same time.
 
     All ranks run or none does. If one fails, all are ended, and the first cause is raised here. What the function prints goes
-    to the logger "allreduce_spark.rank" on the driver.
+    to the logger "allreduce_spark.rank" on the driver; with Spark Connect to the stderr of rank 0's executor.
 
     Keras is set up as it is here: backend, floatx, dtype policy, epsilon and image_data_format. Ranks stay equal in what the
     function reduces or broadcasts, and in nothing else: `DistributedOptimizer` says what that is for it, and for callbacks.
@@ -54,6 +54,7 @@ def run(
 
     Returns:
         What the function returned, in the order of the ranks. It comes by cloudpickle: with Spark Connect, trust the cluster.
+        There all of it together must be less than spark.driver.maxResultSize of the server.
 
     Raises:
         ConfigError: An argument cannot work, or what a rank returned cannot be sent.

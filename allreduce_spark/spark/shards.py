@@ -18,6 +18,7 @@ from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column, DataFrame, functions
 from pyspark.sql.pandas.types import to_arrow_schema
 from pyspark.sql.types import BooleanType, NumericType, StructField, StructType
+from pyspark.sql.utils import is_remote
 
 from allreduce_spark.data.arrays import arrays_to_blocks
 from allreduce_spark.data.cells import canonical_vectors
@@ -171,9 +172,10 @@ def check_is_rows(data: Any) -> Sequence[Any]:
     """
     if isinstance(data, (tuple, list)) and len(data) in (1, 2, 3):
         return data
+    rdd = "" if is_remote() else "an RDD of such pairs for single rows, "
     raise DataError(
-        f"the data is of type {_type_name(data)}; expected arrays (x, y) or (x, y, sample_weight), an RDD of such pairs for "
-        f"single rows, or a Spark DataFrame. {_way_to_spark(data)}"
+        f"the data is of type {_type_name(data)}; expected arrays (x, y) or (x, y, sample_weight), {rdd}or a Spark DataFrame. "
+        f"{_way_to_spark(data)}"
     )
 
 
@@ -198,6 +200,8 @@ def _way_to_spark(data: Any) -> str:
         return "Make a Spark DataFrame of it with spark.createDataFrame(data)."
     if module.startswith(("tensorflow", "keras", "torch", "jax")):
         return "A data set that is made for one process cannot be divided among ranks: give the rows themselves."
+    if isinstance(data, list) and is_remote():
+        return "Make arrays of a list of rows, or a Spark DataFrame with spark.createDataFrame(rows, ['features', 'label'])."
     if isinstance(data, list):
         return "Make an RDD of a list of rows with spark.sparkContext.parallelize(rows)."
     if isinstance(data, str):
@@ -247,7 +251,10 @@ def scalar_columns(frame: DataFrame) -> frozenset[str]:
 
 
 def map_batches(
-    frame: DataFrame, task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], schema: StructType | str
+    frame: DataFrame,
+    task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]],
+    schema: StructType | str,
+    **named: Any,
 ) -> DataFrame:
     """`mapInArrow` for columns of any name, and for many vectors.
 
@@ -262,7 +269,7 @@ def map_batches(
     if any(isinstance(field.dataType, VectorUDT) for field in frame.schema.fields):
         frame = frame.select([_without_null_indices(frame, field) for field in frame.schema.fields])
         task = partial(_with_null_indices, task)
-    return frame.mapInArrow(task, schema)
+    return frame.mapInArrow(task, schema, **named)
 
 
 def _with_names(

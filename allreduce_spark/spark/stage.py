@@ -37,6 +37,7 @@ __all__ = [
     "missing_module",
     "place_of",
     "run_stage",
+    "without_java_frames",
 ]
 
 log = logging.getLogger(__name__)
@@ -229,7 +230,7 @@ def failure_of_job(error: Exception | None) -> Failure:
         return Failure(
             "StageEnded", "the barrier stage ended, but not all ranks have reported that they are done", stage_lost=True
         )
-    text = _without_java_frames(str(error))
+    text = without_java_frames(str(error))
     cancelled = re.search(r"Job \d+ cancelled.*|\[OPERATION_CANCELED\].*", text)
     if cancelled:
         return Failure("CancelledError", f"the Spark job of the fit was cancelled: {cancelled[0]}")
@@ -267,11 +268,12 @@ def missing_module(error: Exception) -> str | None:
     return (
         f"the executors' Python has no module {missing[1]!r}. Executors run the interpreter that PYSPARK_PYTHON (or "
         "spark.pyspark.python) names, `python3` by default: let it name one in which allreduce-spark and Keras are "
-        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile."
+        "installed, with what Keras computes with. Modules of your own travel with --py-files, or SparkContext.addPyFile "
+        "(with Spark Connect: SparkSession.addArtifacts(path, pyfile=True))."
     )
 
 
-def _without_java_frames(text: str) -> str:
+def without_java_frames(text: str) -> str:
     """Spark's message without the Java stack: the Python traceback in it is what a user can read."""
     text = text.partition("\n\nJVM stacktrace:\n")[0]  # of Spark Connect
     lines = [line for line in text.splitlines() if not re.match(r"\s+at [\w.$/]+\(|\s*\.\.\. \d+ more", line)]

@@ -87,7 +87,7 @@ def _way_to_module(error: ImportError) -> str:
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] not in (keras_backend, "keras"):
         return (
             f"The ranks run {python}: install it there. Modules of your own travel with spark-submit --py-files, or with "
-            "SparkContext.addPyFile."
+            "SparkContext.addPyFile (with Spark Connect: SparkSession.addArtifacts(path, pyfile=True))."
         )
     smaller = " or [tensorflow-cpu]" if keras_backend == "tensorflow" else ""
     extras = f"'allreduce-spark[{keras_backend}]'{smaller}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyspark
 
-__all__ = ["SPARK_HOME", "Seat", "Standalone", "running_standalone", "wait_for_line"]
+__all__ = ["SPARK_HOME", "Seat", "Standalone", "process", "running_standalone", "wait_for_line"]
 
 SPARK_HOME = Path(pyspark.__file__).parent
 START_S = 60.0
@@ -74,7 +74,7 @@ def running_standalone(
         place = ["--host", seat.address, "--webui-port", "0"]
         own = {**environment, "SPARK_LOCAL_IP": seat.address, "SPARK_WORKER_OPTS": seat.options}
         return stack.enter_context(
-            _process([*seat.prefix, *command, *place, *arguments], own, folder / f"{seat.name}.log")
+            process([*seat.prefix, *command, *place, *arguments], own, folder / f"{seat.name}.log")
         )
 
     with contextlib.ExitStack() as stack:
@@ -90,7 +90,7 @@ def running_standalone(
 
 
 @contextlib.contextmanager
-def _process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def process(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process in a group of its own, which is gone at the end, stopped or not, with all that it has started in it."""
     with log.open("wb") as output:
         started = subprocess.Popen(

@@ -1,17 +1,27 @@
-"""GPUs that Spark assigns, on a standalone cluster whose workers pretend to have some: who gets which, and what is refused."""
+"""GPUs that Spark assigns, on a standalone cluster whose workers pretend to have some: who gets which, and what is refused.
+
+From a driver of its own, and by a Connect server.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from standalone import SPARK_HOME, process, wait_for_line
 
-pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
-RUN_S = 240.0
+RUN_S = 500.0
 
 PROGRAM = """
 import json, os, sys
@@ -51,10 +61,12 @@ def model():
     return made
 
 one_each = tasks(gpu=1)  # before there is a session
-settings = {"spark.executor.cores": "2", "spark.executor.resource.gpu.amount": "2", "spark.task.resource.gpu.amount": "0.5"}
-builder = SparkSession.builder.master(sys.argv[1]).config("spark.ui.enabled", "false")
-for name, value in settings.items():
-    builder = builder.config(name, value)
+if sys.argv[1].startswith("sc:"):
+    builder = SparkSession.builder.remote(sys.argv[1])
+else:
+    builder = SparkSession.builder.master(sys.argv[1])
+    for name, value in json.loads(sys.argv[2]).items():
+        builder = builder.config(name, value)
 spark = builder.getOrCreate()
 
 late = Timeouts(slots_s=120)  # for both executors of a young application
@@ -76,18 +88,57 @@ print("FOUND", json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module")
-def found(roomy_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one driver saw: the places of ranks, and the texts of refusals."""
-    script = tmp_path_factory.mktemp("program") / "script.py"
+SETTINGS = {
+    "spark.ui.enabled": "false",
+    "spark.executor.cores": "2",
+    "spark.executor.resource.gpu.amount": "2",
+    "spark.task.resource.gpu.amount": "0.5",
+}
+SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
+
+
+@pytest.fixture(scope="module", params=["classic", "connect"])
+def found(
+    request: pytest.FixtureRequest, roomy_cluster: Any, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """What one driver, or one client, saw: the places of ranks, and the texts of refusals."""
+    folder = tmp_path_factory.mktemp("program")
+    script = folder / "script.py"
     script.write_text(PROGRAM)
-    command = [sys.executable, str(script), roomy_cluster.url]
-    answer = subprocess.run(
-        command, env=roomy_cluster.environment, capture_output=True, text=True, timeout=RUN_S, check=False
-    )
+    if request.param == "connect":
+        if importlib.util.find_spec("grpc_status") is None:
+            pytest.skip("the client of Spark Connect is missing: pip install 'pyspark[connect]'")
+        url: Any = connect_server(roomy_cluster, folder / "server.log")
+    else:
+        url = contextlib.nullcontext(roomy_cluster.url)
+    with url as where:
+        answer = subprocess.run(
+            [sys.executable, str(script), where, json.dumps(SETTINGS)],
+            env=roomy_cluster.environment,
+            capture_output=True,
+            text=True,
+            timeout=RUN_S,
+            check=False,
+        )
     lines = [line for line in answer.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, f"{answer.stdout}\n{answer.stderr}"
     return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@contextlib.contextmanager
+def connect_server(cluster: Any, log: Path) -> Iterator[str]:
+    """The URL of a Connect server that is an application of the cluster."""
+    settings = {
+        **SETTINGS,
+        "spark.connect.grpc.binding.address": "127.0.0.1",
+        "spark.connect.grpc.binding.port": "0",
+    }
+    options = [option for name, value in settings.items() for option in ("--conf", f"{name}={value}")]
+    command = [str(SPARK_HOME / "bin" / "spark-submit"), "--class", SERVER, "--master", cluster.url, *options]
+    # Workers run in a folder of the session.
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), cluster.environment.get("PYTHONPATH")]))
+    with process(command, {**cluster.environment, "SPARK_CONNECT_MODE": "0", "PYTHONPATH": path}, log):
+        yield f"sc://127.0.0.1:{wait_for_line(log, r'started at: *127.0.0.1:([0-9]+)')[1]}"
 
 
 def gpus_of_workers(places: list[Any]) -> dict[str, list[str]]:
@@ -113,7 +164,7 @@ def test_ranks_share_a_gpu_only_where_that_is_asked_for(found: dict[str, Any]) -
 
 
 def test_resources_that_cannot_be_had_are_refused_with_what_is_asked_for(found: dict[str, Any]) -> None:
-    assert "num_ranks=5 needs 5 slots at once, but this Spark application has 4" in found["too many"]
+    assert re.search(r"num_ranks=5 needs 5 slots at once, but .* has 4 ", found["too many"])
     assert "spark.task.resource.gpu.amount=0.5" in found["too many"]
     assert "amount: 2 needs to be >= the task resource request amount of 3" in found["three"]
     assert "fpga" in found["fpga"]

@@ -61,6 +61,11 @@ def kill_agent() -> None:
     signal.pause()
 
 
+def stop_agent() -> None:
+    os.kill(ancestor(2), signal.SIGSTOP)
+    signal.pause()
+
+
 def kill_executor() -> None:
     os.kill(ancestor(4), signal.SIGKILL)  # Between them are the agent, and Spark's own daemon.
     signal.pause()

@@ -10,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 from pyspark.resource import ResourceProfileBuilder, TaskResourceRequests
 from pyspark.sql import SparkSession
 
-from allreduce_spark import AllReduceEstimator, Timeouts, run
+from allreduce_spark import AllReduceEstimator, SparkModel, Timeouts, run
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch import gpus
 from allreduce_spark.spark import cluster, inference
+from allreduce_spark.spark.classic import ClassicEngine
 from allreduce_spark.training import cores
 
 pytestmark = pytest.mark.spark
@@ -43,6 +45,33 @@ def test_a_python_that_the_user_chose_is_left_alone(spark: SparkSession, monkeyp
 def test_all_slots_are_taken_where_num_ranks_is_not_given(spark: SparkSession) -> None:
     assert cluster.count_slots(spark.sparkContext) == 2
     assert cluster.check_cluster(spark.sparkContext, None, Timeouts()) == 2
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "min_ranks", "expected"),
+    [(None, None, 2), (None, 1, 2), (None, 2, 2), (1, None, 1), (4, 1, 4), (2, 2, 2)],
+)
+def test_min_ranks_says_how_few_slots_will_do_and_not_how_many_ranks_a_fit_has(
+    spark: SparkSession, monkeypatch: pytest.MonkeyPatch, num_ranks: int | None, min_ranks: int | None, expected: int
+) -> None:
+    fits = []
+    monkeypatch.setattr(ClassicEngine, "fit", lambda self, fit, display: fits.append(fit))
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    SparkModel(model, num_ranks).fit((np.ones((4, 1)), np.ones((4, 1))), min_ranks=min_ranks, verbose=0)
+    assert fits[0].num_ranks == expected
+
+
+def test_min_ranks_of_which_there_cannot_be_so_many_are_refused(spark: SparkSession) -> None:
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    rows = np.ones((4, 1)), np.ones((4, 1))
+    with pytest.raises(ConfigError, match=r"min_ranks=4 is more than num_ranks=2.*lower min_ranks to 2 or less"):
+        SparkModel(model, num_ranks=2).fit(rows, min_ranks=4, verbose=0)
+    with pytest.raises(
+        ConfigError, match=r"min_ranks=3 needs 3 slots at once, .* has 2 .*lower min_ranks to 2 or fewer"
+    ):
+        SparkModel(model).fit(rows, min_ranks=3, verbose=0)
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,14 @@ import numpy as np
 import pyspark
 import pytest
 from conftest import rank_processes
-from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_error, steps_in
+from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_error, steps_in, stop_agent
 from pyspark import cloudpickle as spark_cloudpickle
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
 from allreduce_spark.communicator.horovod_environment import installed
-from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError
-from allreduce_spark.rendezvous.group import Failure
-from allreduce_spark.spark.connect import driver
-from allreduce_spark.spark.connect.stage import outcome_of
+from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError, RendezvousTimeoutError
 from allreduce_spark.training.settings import KerasSettings
 
 pytest.importorskip("grpc_status", reason="the client of Spark Connect is missing: pip install 'pyspark[connect]'")
@@ -55,20 +53,6 @@ with_horovod = pytest.mark.skipif(
 SERVER = "org.apache.spark.sql.connect.service.SparkConnectServer"
 WATCHED = ("loss", "mae", "root_mean_squared_error")
 DETACHED_S = 3  # how long the server waits for a client that is gone
-
-
-def test_a_failure_that_the_ranks_driver_names_counts_for_more_than_what_spark_says(tmp_path: Path) -> None:
-    said = tmp_path / "outcome"
-    spark_says = RuntimeError("Job aborted due to stage failure: ExecutorLostFailure")
-    assert "ExecutorLost" in outcome_of(said, spark_says).failure.cause
-    driver.Outcome(None, place=(3, 1)).write(tmp_path)
-    (tmp_path / driver.OUTCOME).rename(said)
-    assert outcome_of(said, None) == driver.Outcome(None, place=(3, 1))
-    assert outcome_of(said, spark_says).stage_is_lost, "results may be missing"
-    named = driver.Outcome(Failure("AgentLost", "the machine of rank 1 is gone", rank=1), True, (2, 0))
-    named.write(tmp_path)
-    (tmp_path / driver.OUTCOME).rename(said)
-    assert outcome_of(said, spark_says) == named
 
 
 def uneven(session: SparkSession) -> DataFrame:
@@ -307,8 +291,18 @@ def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
         spark_model.fit(bad.select("features"), verbose=0)
     with pytest.raises(DataError, match=r"shape \(3,\)"):
         spark_model.predict(np.zeros((4, 5), "float32"))
-    with pytest.raises(DataError, match="expected arrays"):
+    with pytest.raises(
+        DataError, match=r"expected arrays \(x, y\) or .*, or a Spark DataFrame\. .* spark\.createDataFrame"
+    ):
         spark_model.fit([1, 2, 3, 4], verbose=0)
+
+    def fail(batches: Iterator[Any]) -> Iterator[Any]:
+        yield from batches
+        raise ZeroDivisionError("in a function of the user's own")
+
+    for call in (spark_model.predict, spark_model.evaluate):
+        with pytest.raises(PySparkException, match="ZeroDivisionError: in a function of the user's own"):
+            call(uneven(session).mapInArrow(fail, uneven(session).schema))
     with pytest.raises(ConfigError, match=r"num_ranks=3 needs 3 slots at once, .* has 2"):
         SparkModel(plain(), num_ranks=3).fit((X[:, :3], Y), verbose=0)
     with pytest.raises(ConfigError, match="fit, predict, evaluate"):
@@ -336,6 +330,43 @@ def _collect(frame: DataFrame, session: SparkSession, tag: str) -> None:
     session.addTag(tag)
     with pytest.raises(Exception, match="OPERATION_CANCELED"):
         frame.collect()
+
+
+def test_rows_that_never_come_are_waited_for_until_spool_s_is_over(
+    session: SparkSession, nothing_is_left: None
+) -> None:
+    def hang(batches: Iterator[Any]) -> Iterator[Any]:
+        time.sleep(60)
+        yield from batches
+
+    frame = uneven(session)
+    rows = frame.repartition(2).mapInArrow(hang, frame.schema)
+    with pytest.raises(
+        RendezvousTimeoutError, match=r"for 3 s nothing has moved in Spark's stages .* Timeouts\.spool_s"
+    ):
+        SparkModel(plain(), num_ranks=2, timeouts=Timeouts(spool_s=3)).fit(rows, verbose=0)
+    assert len(SparkModel(plain(), num_ranks=2).fit(frame, verbose=0).history["loss"]) == 1, "the slots are free again"
+
+
+def test_ranks_may_train_for_longer_than_spool_s(session: SparkSession, nothing_is_left: None) -> None:
+    def train(communicator: Any) -> int:
+        time.sleep(20)
+        return int(communicator.rank)
+
+    assert run(train, timeouts=Timeouts(spool_s=12)) == [0, 1]
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_task_that_is_stuck_ends_the_stage_once_silence_s_is_over(
+    session: SparkSession, tmp_path: Path, no_process_is_left: None, rank: int
+) -> None:
+    fault = Fault("train_batch_end", rank, stop_agent, 0, 1)
+    timeouts = Timeouts(silence_s=3, teardown_s=5)
+    with pytest.raises(RankFailedError) as caught:
+        fit(fault, folder=tmp_path, timeouts=timeouts, max_restarts=0)
+    # Rank 0's task is the only one that could have said which it was.
+    assert ("Timeouts.silence_s" if rank else "Python worker exited unexpectedly") in str(caught.value)
+    assert caught.value.rank == (1 if rank else None)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "interruptTag"])
@@ -370,6 +401,20 @@ def test_the_ranks_of_a_client_that_is_gone_do_not_outlive_it_for_long(
         [sys.executable, program, json.dumps({**wish, "pause_s": 0.2})], timeout=120, env=environment
     )
     assert client.returncode == -signal.SIGKILL
+
+
+def test_a_module_of_the_users_own_reaches_the_ranks_as_an_artifact(session: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "an_artifact.py").write_text("ANSWER = 42\n")
+
+    def answer(communicator: Any) -> int:
+        import an_artifact
+
+        return int(an_artifact.ANSWER)
+
+    with pytest.raises(RankFailedError, match=r"No module named 'an_artifact'.*addArtifacts\(path, pyfile=True\)"):
+        run(answer)
+    session.addArtifacts(str(tmp_path / "an_artifact.py"), pyfile=True)
+    assert run(answer) == [42, 42]
 
 
 def test_functions_the_estimator_and_the_transformer_work_too(session: SparkSession, nothing_is_left: None) -> None:

@@ -3,6 +3,8 @@
 It is what `SparkModel.fit` is elsewhere while a stage runs: rendezvous, approval of the rows, coordinator of the checkpoints. A
 process of its own, because a Spark worker that imports TensorFlow for seconds cannot answer heartbeats meanwhile, and because
 it must not end when its task is told to. It logs to the executor's stderr, progress as well.
+
+What came of the stage is for the task to answer. One that is stuck does not: then the process kills it, which loses the stage.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
@@ -35,11 +38,11 @@ from allreduce_spark.spark.hosting import EachEpochOnce, rendezvous_for
 from allreduce_spark.spark.recovery import Safety, coordinate
 from allreduce_spark.training.forking import die_with
 
-__all__ = ["OUTCOME", "Order", "Outcome"]
+__all__ = ["END", "OUTCOME", "Order", "Outcome", "end_task"]
 
 log = logging.getLogger("allreduce_spark.driver")
 
-OUTCOME, _ORDER = "outcome.json", "order.json"
+OUTCOME, END, _ORDER = "outcome.json", "end", "order.json"
 POLL_S = 0.05
 
 Approve = Callable[[Sequence[Join]], dict[str, Any]]
@@ -103,7 +106,10 @@ class Outcome:
     place: tuple[int, int] = (-1, -1)
 
     def write(self, folder: Path) -> None:
-        (folder / OUTCOME).write_text(json.dumps(dataclasses.asdict(self)))
+        """To the file `OUTCOME`, which is complete once it is there."""
+        unfinished = folder / f"{OUTCOME}-unfinished"
+        unfinished.write_text(json.dumps(dataclasses.asdict(self)))
+        unfinished.rename(folder / OUTCOME)
 
     @classmethod
     def from_json(cls, text: bytes) -> Outcome:
@@ -123,11 +129,30 @@ def main() -> None:
     die_with(arguments.parent)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     folder = arguments.folder
+    order = Order.read(folder)
     try:
-        outcome = _lead(folder, Order.read(folder), arguments.host)
+        outcome = _lead(folder, order, arguments.host)
     except BaseException as error:  # noqa: BLE001  whatever it is, the client is to hear of it
         outcome = Outcome(failure_on_driver(error))
     outcome.write(folder)
+    _say_no_more()
+    if outcome.failure is not None:
+        end_task(arguments.parent, outcome.failure, order.timeouts.teardown_s)
+
+
+def end_task(task: int, failure: Failure, after_s: float) -> None:
+    """Kill the task that has not answered with a failure within `after_s`; one that has, ends this process before.
+
+    Nobody else would: to Spark, a worker that is stopped is one that works. The failure is lost with it, but for the log; the
+    client hears of a worker that has died, and so of a stage that may be tried again.
+    """
+    time.sleep(after_s)
+    if os.getppid() == task:
+        log.error(
+            "rank 0's task is killed, because it has not ended within %g s after the failure of the stage: %s. "
+            "Setting: Timeouts.teardown_s", after_s, failure.text,
+        )  # fmt: skip
+        os.kill(task, signal.SIGKILL)
 
 
 def _lead(folder: Path, order: Order, host: str) -> Outcome:
@@ -184,6 +209,11 @@ def _say(word: str) -> None:
     """The one line for the task; what is printed after it is for the log."""
     sys.stdout.write(word + "\n")
     sys.stdout.flush()
+    _say_no_more()
+
+
+def _say_no_more() -> None:
+    """A task that still waits for the line knows then that there is none."""
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.checkpoint.manifest import Manifest
@@ -20,14 +21,23 @@ from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
 from allreduce_spark.rendezvous.protocol import Phase
 from allreduce_spark.rendezvous.recovery import Restarts
+from allreduce_spark.spark.cluster import wait_for_slots
 from allreduce_spark.spark.connect.driver import Order
 from allreduce_spark.spark.connect.inference import evaluate_rows_of, predict_rows_of, read_model, send_model
-from allreduce_spark.spark.connect.session import ask_executor, check_slots, count_slots, wait_for_slots
+from allreduce_spark.spark.connect.session import (
+    Profile,
+    ask_executor,
+    check_result_size,
+    check_slots,
+    count_slots,
+    register,
+)
 from allreduce_spark.spark.connect.shards import shards_of
 from allreduce_spark.spark.connect.stage import run_stage
 from allreduce_spark.spark.connect.transfer import send_files
 from allreduce_spark.spark.engine import Fit
 from allreduce_spark.spark.progress import Nobody
+from allreduce_spark.spark.ranks import Spectator, check_restart, warn_of_restart
 from allreduce_spark.spark.shards import Columns
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import error_of
@@ -35,39 +45,42 @@ from allreduce_spark.training.backends import environment
 from allreduce_spark.training.checks import warn_if_diverged
 from allreduce_spark.training.identity import fingerprint_of
 from allreduce_spark.training.job import make_job
-from allreduce_spark.training.result import take_over
+from allreduce_spark.training.result import least_bytes, take_over
 
 if TYPE_CHECKING:
     import keras
 
-    from allreduce_spark.spark.ranks import Spectator
     from allreduce_spark.training.function import FunctionJob
     from allreduce_spark.training.inference import PartitionMetrics
     from allreduce_spark.training.scoring import PackedModel
 
 __all__ = ["ConnectEngine"]
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class ConnectEngine:
-    """See `Engine`."""
+    """See `Engine`.
+
+    All that ranks bring comes back as the answer of one task, which counts against spark.driver.maxResultSize of the server, 1g
+    by default. A fit whose weights and optimizer state are known to be more is refused before it begins; of what functions
+    return nothing is known, and Spark's error at their end names the setting.
+    """
 
     session: SparkSession
+    profile: Profile | None
 
     @classmethod
-    def of(cls, session: SparkSession | None) -> ConnectEngine:
-        """The engine for a session, or for the active one where there is no other.
+    def of(cls, session: SparkSession | None, resources: ResourceProfile | None) -> ConnectEngine:
+        """The engine for a session, and tasks that ask for `resources`; None for what the application's settings say.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is none, or there are no such resources.
         """
         if session is None:
             raise ConfigError(
                 "there is no active Spark Connect session: make one first, with SparkSession.builder.remote(url).getOrCreate()"
             )
-        return cls(session)
+        return cls(session, register(session, resources))
 
     @property
     def application(self) -> str:
@@ -77,11 +90,12 @@ class ConnectEngine:
         found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path), timeouts)
         return None if found is None else Manifest.from_json(found)
 
-    def check_slots(self, num_ranks: int | None, timeouts: Timeouts) -> int:
-        return check_slots(self.session, num_ranks, timeouts)
+    def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
+        return check_slots(self.session, num_ranks, timeouts, min_ranks, self.profile)
 
     def fit(self, fit: Fit, display: Spectator) -> keras.callbacks.History:
         job = make_job(fit.model, fit.custom_objects, fit.callbacks, fit.config, fit.timeouts, fit.safety.saves)
+        check_result_size(self.session.conf.getAll, least_bytes(fit.model))
         resumed = fit.safety.resumed
         order = Order(
             num_ranks=fit.num_ranks,
@@ -97,7 +111,7 @@ class ConnectEngine:
             keras_environment=environment(),
         )
         shards = shards_of(self.session, fit.data, fit.validation_data, fit.columns, fit.num_ranks)
-        with scratch_folder() as folder, hold_slots(fit.num_ranks, self._slots):
+        with scratch_folder() as folder, self._hold_slots(fit.num_ranks):
             sent = send_files(self.session, job.files())
             self._run_stages(shards, order, sent, folder, fit.safety.recovery.min_ranks, display)
             history = take_over(fit.model, folder / "result-0")
@@ -117,7 +131,7 @@ class ConnectEngine:
             ranks_per_gpu=ranks_per_gpu,
             keras_environment=environment(),
         )
-        with hold_slots(num_ranks, self._slots):
+        with self._hold_slots(num_ranks):
             sent = send_files(self.session, job.files())
             self._run_stages(None, order, sent, folder, num_ranks, Nobody())
 
@@ -125,27 +139,32 @@ class ConnectEngine:
         return partial(read_model, send_model(self.session, packed))
 
     def predict(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[Any]:
-        return predict_rows_of(self.session, packed, batch_size, data, columns)
+        return predict_rows_of(self.session, packed, batch_size, data, columns, self.profile)
 
     def evaluate(self, packed: PackedModel, batch_size: int, data: Any, columns: Columns) -> list[PartitionMetrics]:
-        return evaluate_rows_of(self.session, packed, batch_size, data, columns)
+        return evaluate_rows_of(self.session, packed, batch_size, data, columns, self.profile)
 
-    def _slots(self) -> int:
-        slots = count_slots(self.session)
-        return MAX_RANKS if slots is None else slots
+    def _hold_slots(self, num_ranks: int) -> AbstractContextManager[None]:
+        def count() -> int:
+            slots = count_slots(self.session, self.profile)
+            return MAX_RANKS if slots is None else slots
+
+        return hold_slots(num_ranks, count, kind=self.profile and self.profile.requests)
 
     def _run_stages(
         self, shards: DataFrame | None, order: Order, sent: str, folder: Path, least: int | None, display: Spectator
     ) -> None:
         """Barrier stages, one after another, until there is a result. One does, unless machines are lost."""
         restarts = Restarts(order.max_restarts)
+        slots = partial(count_slots, self.session, self.profile)
+        wait = partial(wait_for_slots, slots, order.num_shards, slots_s=order.timeouts.slots_s)
         if least is not None:
-            order = replace(order, num_ranks=wait_for_slots(self.session, order.num_shards, least, order.timeouts))
+            order = replace(order, num_ranks=wait(least))
         lost: Failure | None = None
         while True:
             display.show_phase(Phase.START)
             with _after(lost):
-                outcome = run_stage(self.session, shards, order, sent, folder, display.draw)
+                outcome = run_stage(self.session, shards, order, sent, folder, display.draw, self.profile)
             failure = outcome.failure
             if failure is None:
                 return
@@ -156,11 +175,9 @@ class ConnectEngine:
                 keeps = order.checkpoint.path is not None
                 newest = self.newest_checkpoint(order.checkpoint, order.timeouts) if keeps else None
             reached = (-1, -1) if newest is None else (newest.epoch, newest.step)
-            refusal = restarts.refusal([failure], max(outcome.place, reached))
-            if refusal is not None:
-                raise error_of(replace(failure, cause=f"{failure.cause}\n({refusal})") if refusal else failure)
+            check_restart(restarts, failure, max(outcome.place, reached))
             with _after(lost):
-                num_ranks = wait_for_slots(self.session, order.num_shards, least or 1, order.timeouts)
+                num_ranks = wait(least or 1)
             began_with = order.resumed and order.resumed["id"]
             order = replace(
                 order,
@@ -168,11 +185,7 @@ class ConnectEngine:
                 resumed=None if newest is None else newest.to_json(),
                 of_this_fit=order.of_this_fit or (newest is not None and newest.id != began_with),
             )
-            log.warning(
-                "another barrier stage goes on from %s with %d of %d ranks: %s",
-                "the beginning" if newest is None else f"epoch {newest.epoch}, step {newest.step}",
-                num_ranks, order.num_shards, failure.text,
-            )  # fmt: skip
+            warn_of_restart(newest, num_ranks, order.num_shards, failure.text)
 
 
 @contextlib.contextmanager

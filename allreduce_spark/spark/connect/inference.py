@@ -19,6 +19,7 @@ from allreduce_spark.data.spec import unflatten
 from allreduce_spark.data.tables import table_to_blocks
 from allreduce_spark.data.values import to_numpy
 from allreduce_spark.errors import AllReduceSparkError, DataError
+from allreduce_spark.spark.connect.session import Profile
 from allreduce_spark.spark.connect.shards import frame_of_blocks
 from allreduce_spark.spark.connect.transfer import SCHEMA, answers_of, error_pieces, pieces_of, read_files, send_files
 from allreduce_spark.spark.inference import KerasTask, task_context
@@ -34,28 +35,44 @@ PREDICTIONS, STATE, INITIAL, EXAMPLE = "predictions", "state", "initial", "examp
 
 
 def predict_rows_of(
-    session: SparkSession, packed: PackedModel, batch_size: int, data: Any, columns: Columns
+    session: SparkSession,
+    packed: PackedModel,
+    batch_size: int,
+    data: Any,
+    columns: Columns,
+    profile: Profile | None = None,
 ) -> list[Any]:
     """The predictions for all rows, piece by piece, in the order of the rows.
+
+    Args:
+        profile: What each task asks for; None for what the application's settings say.
 
     Raises:
         DataError: There are no rows, or they do not fit the model.
     """
-    blocks = (_block(piece) for _, piece in _answers(session, data, columns, partial(_predict, batch_size), packed))
-    return _not_empty([_structure(block) for block in blocks])
+    answers = _answers(session, data, columns, partial(_predict, batch_size), packed, profile)
+    return _not_empty([_structure(_block(piece)) for _, piece in answers])
 
 
 def evaluate_rows_of(
-    session: SparkSession, packed: PackedModel, batch_size: int, data: Any, columns: Columns
+    session: SparkSession,
+    packed: PackedModel,
+    batch_size: int,
+    data: Any,
+    columns: Columns,
+    profile: Profile | None = None,
 ) -> list[PartitionMetrics]:
     """The metric state of each partition that has rows.
+
+    Args:
+        profile: As for `predict_rows_of`.
 
     Raises:
         DataError: As in `predict_rows_of`.
     """
     from allreduce_spark.training.inference import PartitionMetrics
 
-    answers = _answers(session, data, columns, partial(_evaluate, batch_size), packed)
+    answers = _answers(session, data, columns, partial(_evaluate, batch_size), packed, profile)
     parts = []
     for _, piece in answers:
         with np.load(io.BytesIO(piece), allow_pickle=False) as arrays:
@@ -82,15 +99,17 @@ Work = Callable[["PackedModel", Iterable[bytes]], Iterator[pa.RecordBatch]]
 
 
 def _answers(
-    session: SparkSession, data: Any, columns: Columns, work: Work, packed: PackedModel
+    session: SparkSession, data: Any, columns: Columns, work: Work, packed: PackedModel, profile: Profile | None
 ) -> Iterator[tuple[str, bytes]]:
     """What `work` answers for each partition of the data."""
     task = KerasTask(partial(_work, work, send_model(session, packed)))
     if isinstance(data, DataFrame):
         form = columns.form
-        return answers_of(map_batches(select_columns(data, form), partial(_of_table, task, form), SCHEMA))
+        return answers_of(
+            map_batches(select_columns(data, form), partial(_of_table, task, form), SCHEMA, profile=profile)
+        )
     blocks = frame_of_blocks(session, arrays_to_blocks(*check_is_rows(data), role="train", num_shards=1))
-    return answers_of(blocks.mapInArrow(partial(_of_blocks, task), SCHEMA))
+    return answers_of(blocks.mapInArrow(partial(_of_blocks, task), SCHEMA, profile=profile))  # type: ignore[arg-type]  # as in `run_stage`
 
 
 def _of_table(

@@ -3,87 +3,188 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+from pyspark.errors import PySparkException
+from pyspark.resource import ResourceProfile
 from pyspark.sql import DataFrame, SparkSession
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import AllReduceSparkError, ConfigError
-from allreduce_spark.spark.cluster import REGROUP_S
+from allreduce_spark.spark.cluster import check_settings, is_local_master
 from allreduce_spark.spark.connect.operation import Operation, running
 from allreduce_spark.spark.connect.transfer import SCHEMA, check_answer, error_pieces, pieces_of
-from allreduce_spark.spark.stage import error_of_job
+from allreduce_spark.spark.resources import TASK_RESOURCE, demand_of
+from allreduce_spark.spark.stage import error_of_job, without_java_frames
 
-__all__ = ["ask_executor", "check_slots", "count_slots", "setting", "wait_for_slots"]
+__all__ = [
+    "Profile",
+    "ask_executor",
+    "check_result_size",
+    "check_slots",
+    "count_slots",
+    "register",
+    "slots_of",
+]
 
 POLL_S = 0.5
 
 
-def count_slots(session: SparkSession) -> int | None:
+@dataclass(frozen=True)
+class Profile:
+    """What each task asks of Spark in the place of what the settings say, as the server knows it.
+
+    Attributes:
+        id: By which `mapInArrow` names it.
+        requests: Name and amount, sorted.
+    """
+
+    id: int
+    requests: tuple[tuple[str, float], ...]
+
+
+def register(session: SparkSession, resources: ResourceProfile | None) -> Profile | None:
+    """The profile as the server knows it; None for None.
+
+    Not by `resources.id`: that one is made, for good, in the session that is the thread's own.
+
+    Raises:
+        ConfigError: The cluster manager has no such profiles, or the executors do not have what it asks for.
+    """
+    if resources is None:
+        return None
+    from pyspark.sql.connect import proto  # needs grpc, which not everybody has
+
+    requests = sorted((name, float(request.amount)) for name, request in resources.taskResources.items())
+    tasks = {name: proto.TaskResourceRequest(resource_name=name, amount=amount) for name, amount in requests}
+    try:
+        number = session.client._create_profile(proto.ResourceProfile(task_resources=tasks))
+    except PySparkException as error:
+        raise ConfigError(
+            f"Spark (master {session.conf.get('spark.master', None)}) has no tasks with these resources: "
+            f"{without_java_frames(str(error))}"
+        ) from error
+    return Profile(number, tuple(requests))
+
+
+def _settings(session: SparkSession, profile: Profile | None) -> dict[str, str]:
+    """Those of the application, as if they asked for what the tasks ask for."""
+    settings = session.conf.getAll
+    if profile is None:
+        return settings
+    settings = {name: value for name, value in settings.items() if not name.startswith(TASK_RESOURCE)}
+    for name, amount in profile.requests:
+        settings["spark.task.cpus" if name == "cpus" else f"{TASK_RESOURCE}{name}.amount"] = f"{amount:g}"
+    return settings
+
+
+def count_slots(session: SparkSession, profile: Profile | None = None) -> int | None:
     """How many barrier tasks the application could run at once, at most; None where that cannot be told from here.
 
     Spark plans a range in as many pieces as it has cores, and says so before it runs anything.
     """
-    if any(setting(session, f"spark.{name}", "") for name in ("default.parallelism", "sql.leafNodeDefaultParallelism")):
+    settings = _settings(session, profile)
+    if any(settings.get(f"spark.{name}") for name in ("default.parallelism", "sql.leafNodeDefaultParallelism")):
         return None
     plan = str(session.sql("EXPLAIN SELECT * FROM range(1)").collect()[0][0])
     pieces = re.search(r"splits=(?:Some\()?(\d+)", plan)
-    return None if pieces is None else int(pieces[1]) // int(setting(session, "spark.task.cpus", "1"))
+    return None if pieces is None else slots_of(int(pieces[1]), settings)
 
 
-def check_slots(session: SparkSession, wanted: int | None, timeouts: Timeouts) -> int:
-    """The number of ranks: what is asked for, or as many as there are slots.
+def slots_of(cores: int, settings: Mapping[str, str]) -> int | None:
+    """How many tasks run at once on so many cores, by the settings of the application; None where these do not tell.
+
+    Args:
+        cores: Of all executors together, which are of one kind.
+    """
+    cpus = int(settings.get("spark.task.cpus", "1"))
+    asked = {name.removeprefix(TASK_RESOURCE): float(settings[name]) for name in settings if _is_amount(name)}
+    cores_each = settings.get("spark.executor.cores")
+    if _is_local(settings) or (cores_each is None and not asked):
+        return cores // cpus
+    if cores_each is None:
+        return None
+    slots_each = [int(cores_each) // cpus]
+    for name, amount in asked.items():
+        amount_each = settings.get(f"spark.executor.resource.{name}")
+        if amount_each is None:
+            return None
+        slots_each.append(_parts(int(amount_each), amount))
+    return cores // int(cores_each) * min(slots_each)
+
+
+def _parts(addresses: int, amount: float) -> int:
+    """How many tasks get their amount of so many addresses: several may have a part of one, but none has parts of two."""
+    return addresses * math.floor(1 / amount) if amount < 1 else addresses // math.ceil(amount)
+
+
+def _is_amount(name: str) -> bool:
+    return name.startswith(TASK_RESOURCE) and name.endswith(".amount")
+
+
+def check_slots(
+    session: SparkSession,
+    wanted: int | None,
+    timeouts: Timeouts,
+    min_ranks: int | None = None,
+    profile: Profile | None = None,
+) -> int:
+    """The number of ranks: what is asked for, or as many as there are slots; with slots for `min_ranks` of them at least.
 
     Raises:
         ConfigError: There are too few slots, also after `slots_s`, or their number cannot be told and none is asked for; or no
             barrier stage can run there at all.
     """
-    _check_barriers(session)
-    started, needed = time.monotonic(), wanted or 1
+    settings = _settings(session, profile)
+    _check_barriers(session, settings)
+    started, needed = time.monotonic(), min_ranks or wanted or 1
     while True:
-        slots, waited_s = count_slots(session), time.monotonic() - started
+        slots, waited_s = count_slots(session, profile), time.monotonic() - started
         if slots is None and wanted is None:
-            raise ConfigError("how many slots this Spark application has cannot be told from here: pass num_ranks.")
+            raise ConfigError(
+                "how many slots this Spark application has cannot be told from here (each rank asks for "
+                f"{demand_of(settings)}): pass num_ranks."
+            )
         if slots is None or slots >= needed:
             return wanted or slots or needed
-        if waited_s > timeouts.slots_s or _is_local(session):
+        if waited_s > timeouts.slots_s or _is_local(settings):
+            name = "min_ranks" if min_ranks else "num_ranks"
             raise ConfigError(
-                f"num_ranks={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
-                f"{slots} (master {setting(session, 'spark.master', 'unknown')}, "
-                f"spark.task.cpus={setting(session, 'spark.task.cpus', '1')}). A barrier stage starts all its ranks at once or "
-                f"none: lower num_ranks to {max(slots, 1)} or fewer, or give the server more executors."
+                f"{name}={needed} needs {needed} slots at once, but the Spark application of this Connect session has "
+                f"{slots} (master {settings.get('spark.master', 'unknown')}; {demand_of(settings)} "
+                "for each). A barrier stage starts all its ranks at once or none: "
+                f"lower {name} to {max(slots, 1)} or fewer, or give the server more executors."
             )
         time.sleep(POLL_S)
 
 
-def wait_for_slots(session: SparkSession, wanted: int, at_least: int, timeouts: Timeouts) -> int:
-    """How many ranks the next stage may have, where there need not be slots for all: see `spark.cluster.wait_for_slots`.
+def check_result_size(settings: Mapping[str, str], least: int) -> None:
+    """Make sure that a server takes what the ranks have trained from the one task that answers with it.
+
+    Args:
+        settings: Of the application.
+        least: How many bytes it will be at least.
 
     Raises:
-        ConfigError: There are not enough.
+        ConfigError: It is more than the server takes.
     """
-    started = time.monotonic()
-    while (slots := count_slots(session)) is not None and slots < wanted:
-        waited_s = time.monotonic() - started
-        if slots >= at_least and waited_s > REGROUP_S:
-            return slots
-        if waited_s > timeouts.slots_s:
-            raise ConfigError(
-                f"there are {slots} slots, and at least {at_least} are needed; waited {waited_s:.0f} s for executors to come. "
-                "Setting: Timeouts.slots_s"
-            )
-        time.sleep(POLL_S)
-    return wanted
-
-
-def setting(session: SparkSession, name: str, default: str) -> str:
-    """A setting of the application; `default` where it is not set."""
-    return session.conf.get(name, None) or default  # a default of another type than the setting would be an error
+    setting = settings.get("spark.driver.maxResultSize", "1g")
+    parts = re.fullmatch(r"(\d+)([kmgtp]?)b?", setting.strip().lower())
+    limit = 0 if parts is None else int(parts[1]) << 10 * " kmgtp".index(parts[2] or " ")
+    if 0 < limit < least:  # 0 is none
+        raise ConfigError(
+            f"the trained model would be lost at the end: weights and optimizer state are {least / 2**20:.0f} MiB at least, "
+            f"and the Connect server takes no more than spark.driver.maxResultSize={setting} from the ranks. Start the "
+            f"server with spark.driver.maxResultSize={math.ceil(1.125 * least / 2**20)}m or more (0 is no limit), and a "
+            "spark.driver.memory that goes with it."
+        )
 
 
 def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: Timeouts) -> Any:
@@ -121,20 +222,16 @@ def _answer(question: Callable[[], Any], batches: Iterator[pa.RecordBatch]) -> I
         yield from pieces_of("answer", answer)
 
 
-def _check_barriers(session: SparkSession) -> None:
+def _check_barriers(session: SparkSession, settings: Mapping[str, str]) -> None:
     if not hasattr(DataFrame, "repartitionById") or _version(session.version) < (4, 1):
         raise ConfigError(
             f"with Spark Connect, ranks need Spark 4.1 or newer at both ends; the server has {session.version}."
         )
-    if setting(session, "spark.dynamicAllocation.enabled", "false").lower() == "true":
-        raise ConfigError(
-            "spark.dynamicAllocation.enabled is true, and Spark's barrier stages do not work with it. Let the server be "
-            "started with it set to false and a fixed number of executors (spark.executor.instances or spark.cores.max)."
-        )
+    check_settings(settings.get("spark.master", ""), settings)
 
 
-def _is_local(session: SparkSession) -> bool:
-    return setting(session, "spark.master", "").split("[")[0] == "local"
+def _is_local(settings: Mapping[str, str]) -> bool:
+    return is_local_master(settings.get("spark.master", ""))
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from allreduce_spark.launch.agent import AgentTask, run_agent
 from allreduce_spark.launch.environment import rank_environment
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
-from allreduce_spark.spark.connect.driver import OUTCOME, Order, Outcome
+from allreduce_spark.spark.connect.driver import END, OUTCOME, POLL_S, Order, Outcome
 from allreduce_spark.spark.connect.transfer import pieces_of, read_files
 from allreduce_spark.spark.stage import host_of, place_of
 
@@ -42,7 +43,7 @@ def be_rank(order: Order, sent: str, batches: Iterator[pa.RecordBatch]) -> Itera
         batches: The rows of this partition: (shard int, block binary).
 
     Yields:
-        In partition 0, what came of the stage: the `OUTCOME` and, if it is a success, the results of the ranks.
+        In partition 0, what came of the stage: the `OUTCOME` and, if it is a success, the results of the ranks; then the `END`.
 
     Raises:
         RendezvousError: The driver's process could not be reached, or was lost.
@@ -120,12 +121,10 @@ class _DriverProcess:
         return self._process.stdout.readline().decode().strip()
 
     def answers(self, timeout_s: float) -> Iterator[pa.RecordBatch]:
-        """What came of the stage, once the process has ended; it has no more to wait for than its store."""
-        outcome = self._folder / OUTCOME
-        try:
-            code = self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            code = None
+        """What came of the stage, as soon as the process has written it; it has no more to wait for than its store."""
+        outcome, give_up_at = self._folder / OUTCOME, time.monotonic() + timeout_s
+        while (code := self._process.poll()) is None and not outcome.exists() and time.monotonic() < give_up_at:
+            time.sleep(POLL_S)
         if not outcome.exists():
             how = f"has not ended within {timeout_s:g} s" if code is None else f"has died (exit code {code})"
             failure = Failure("DriverDied", f"the driver's process beside rank 0 {how}", stage_lost=True)
@@ -134,6 +133,7 @@ class _DriverProcess:
         if Outcome.from_json(outcome.read_bytes()).failure is None:
             for result in sorted(self._folder.glob("result-*")):
                 yield from pieces_of(result.name, result)
+        yield from pieces_of(END, b"")
 
     def close(self) -> None:
         """Kill it if it is still there."""

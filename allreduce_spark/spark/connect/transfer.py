@@ -18,10 +18,10 @@ from pyspark import SparkFiles
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
-from allreduce_spark.errors import AllReduceSparkError
+from allreduce_spark.errors import AllReduceSparkError, MissingDependencyError
 from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.rendezvous.group import Failure
-from allreduce_spark.spark.stage import error_of, error_of_job
+from allreduce_spark.spark.stage import error_of, missing_module
 
 __all__ = ["SCHEMA", "answers_of", "check_answer", "error_pieces", "pieces_of", "read_files", "rows_of", "send_files"]
 
@@ -74,14 +74,18 @@ def answers_of(frame: DataFrame) -> Iterator[tuple[str, bytes]]:
     """(name, piece) of all rows of `SCHEMA`, partition after partition.
 
     Raises:
-        AllReduceSparkError: A task has answered with an error, or the Spark job failed.
+        AllReduceSparkError: A task has answered with an error, or the executors lack a module.
+        PySparkException: The Spark job failed, in functions of the user's own, say, which make the rows.
     """
     try:
         for name, piece in rows_of(frame):
             check_answer(name, piece)
             yield name, piece
     except PySparkException as error:
-        raise error_of_job(error) from error
+        missing = missing_module(error)
+        if missing is None:
+            raise
+        raise MissingDependencyError(missing) from error
 
 
 def check_answer(name: str, piece: bytes) -> None:
