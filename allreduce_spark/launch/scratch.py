@@ -1,4 +1,4 @@
-"""The scratch folder of one agent, or of a fit on the driver: private, and gone afterwards, even if its process is killed.
+"""Scratch folders, of agents, tasks and fits on the driver: private, and gone afterwards, even if the process is killed.
 
 Each folder holds a lock file that its agent keeps locked. The kernel drops the lock when the agent dies, however it dies, so
 the next agent on that machine can tell a folder that is in use from one that was left behind, and removes the latter.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -21,6 +22,7 @@ from allreduce_spark.data.flat import RowError, Values
 from allreduce_spark.data.forms import TableForm
 from allreduce_spark.errors import AllReduceSparkError, ConfigError, DataError, MissingDependencyError
 from allreduce_spark.launch.gpus import choose_gpus, seen_by_cuda
+from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.spark.stage import assigned_gpus, missing_module
 
 if TYPE_CHECKING:
@@ -88,10 +90,15 @@ def _evaluate(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> 
     return _only_known_errors(partial(evaluate_rows, packed, batch_size, blocks))
 
 
-def _only_known_errors(function: Callable[[], Any]) -> Iterator[Any]:
-    """Errors that trying again cannot mend travel as values: Spark would run the task again and wrap the message."""
+def _only_known_errors(function: Callable[[Path], Any]) -> Iterator[Any]:
+    """Errors that trying again cannot mend travel as values: Spark would run the task again and wrap the message.
+
+    Args:
+        function: Gets a folder on the local disk that Spark uses.
+    """
     try:
-        result = function()
+        with scratch_folder() as folder:
+            result = function(folder)
     except AllReduceSparkError as error:
         yield error
     else:

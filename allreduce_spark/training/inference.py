@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +38,18 @@ class PartitionMetrics:
     example: tuple[Any, ...]
 
 
-def predict_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> Any:
+def predict_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes], folder: Path) -> Any:
     """The model's predictions for the rows, in their order: arrays of shape (rows, ...) in the structure of its outputs.
 
     None where there is no row.
 
+    Args:
+        folder: For the rows, which may be more than memory holds. Nothing stays in it.
+
     Raises:
         DataError: A row is not fit for the model.
     """
-    batches = _batches(blocks, batch_size)
+    batches = _batches(blocks, batch_size, folder)
     if batches is None:
         return None
     with packed.keras_settings.in_force():
@@ -56,13 +58,18 @@ def predict_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) 
         return model.predict(batches.dataset(), verbose=0)
 
 
-def evaluate_rows(packed: PackedModel, batch_size: int, blocks: Iterable[bytes]) -> PartitionMetrics | None:
+def evaluate_rows(
+    packed: PackedModel, batch_size: int, blocks: Iterable[bytes], folder: Path
+) -> PartitionMetrics | None:
     """The metric state that the rows lead to; None where there is no row.
+
+    Args:
+        folder: As for `predict_rows`.
 
     Raises:
         DataError: A row is not fit for the model.
     """
-    batches = _batches(blocks, batch_size)
+    batches = _batches(blocks, batch_size, folder)
     if batches is None:
         return None
     with packed.keras_settings.in_force():
@@ -100,19 +107,15 @@ def result_of(model: keras.Model, parts: list[PartitionMetrics]) -> dict[str, An
     return result
 
 
-def _batches(blocks: Iterable[bytes], batch_size: int) -> ShardBatches | None:
-    """Spool the rows, so that a partition may be larger than memory, and cut them into batches.
-
-    The file has no name any more when this returns: it ends with its mapping, however this process ends.
-    """
-    with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-        path = Path(folder) / "rows.arrow"
-        with ShardWriter(path) as writer:
-            for block in blocks:
-                writer.write(decode_block(block))
-        if not writer.rows:
-            return None
-        return ShardBatches({0: Shard.open(path)}, BatchPlan((writer.rows,), batch_size, world_size=1))
+def _batches(blocks: Iterable[bytes], batch_size: int, folder: Path) -> ShardBatches | None:
+    """Spool the rows, and cut them into batches. The file has no name any more when this returns: it ends with its mapping."""
+    path = folder / "rows.arrow"
+    with ShardWriter(path) as writer:
+        for block in blocks:
+            writer.write(decode_block(block))
+    shard = Shard.open(path)
+    path.unlink()
+    return ShardBatches({0: shard}, BatchPlan((writer.rows,), batch_size, world_size=1)) if writer.rows else None
 
 
 _last: tuple[tuple[bytes, bool], keras.Model] | None = None

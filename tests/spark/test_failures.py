@@ -17,6 +17,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
+from py4j.protocol import Py4JJavaError
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.sql import SparkSession
 
@@ -158,6 +159,23 @@ def test_an_agent_that_is_killed_takes_its_rank_along_and_its_folder_is_cleared_
     assert (caught.value.rank, caught.value.host) == (1, os.uname().nodename)
 
 
+def test_the_rows_of_a_predict_that_is_killed_are_removed_by_the_next_one(
+    spark: SparkSession, own_temporary_folder: str
+) -> None:
+    def scratch_folders() -> set[Path]:
+        return set(Path(own_temporary_folder).glob("**/allreduce_spark-*"))
+
+    model = SparkModel(compiled(), num_ranks=2)
+    rows, before = np.zeros((8, 3), "float32"), scratch_folders()
+    with pytest.raises(Py4JJavaError):
+        model.predict(
+            spark.sparkContext.parallelize(list(rows), 1).map(lambda row: os.kill(os.getpid(), signal.SIGKILL))
+        )
+    (left,) = scratch_folders() - before
+    assert model.predict(rows).shape == (8, 1)
+    assert left not in scratch_folders()
+
+
 def raise_in_callback() -> None:
     raise KeyError("a mistake in the user's callback")
 
@@ -247,6 +265,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 import keras, numpy as np
+
 from pyspark.sql import SparkSession
 from allreduce_spark import SparkModel
 

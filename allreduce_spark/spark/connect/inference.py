@@ -19,6 +19,7 @@ from allreduce_spark.data.spec import unflatten
 from allreduce_spark.data.tables import table_to_blocks
 from allreduce_spark.data.values import to_numpy
 from allreduce_spark.errors import AllReduceSparkError, DataError
+from allreduce_spark.launch.scratch import scratch_folder
 from allreduce_spark.spark.connect.session import Profile
 from allreduce_spark.spark.connect.shards import frame_of_blocks
 from allreduce_spark.spark.connect.transfer import SCHEMA, answers_of, error_pieces, pieces_of, read_files, send_files
@@ -135,7 +136,8 @@ def _work(work: Work, sent: str, blocks: Iterable[bytes]) -> Iterator[pa.RecordB
 def _predict(batch_size: int, packed: PackedModel, blocks: Iterable[bytes]) -> Iterator[pa.RecordBatch]:
     from allreduce_spark.training.inference import predict_rows
 
-    outputs = predict_rows(packed, batch_size, blocks)
+    with scratch_folder() as folder:
+        outputs = predict_rows(packed, batch_size, blocks, folder)
     if outputs is not None:
         for _, block in arrays_to_blocks(_plain(outputs), role="train", num_shards=1):
             yield from pieces_of(PREDICTIONS, block)
@@ -153,7 +155,8 @@ def _plain(outputs: Any) -> Any:
 def _evaluate(batch_size: int, packed: PackedModel, blocks: Iterable[bytes]) -> Iterator[pa.RecordBatch]:
     from allreduce_spark.training.inference import evaluate_rows
 
-    metrics = evaluate_rows(packed, batch_size, blocks)
+    with scratch_folder() as folder:
+        metrics = evaluate_rows(packed, batch_size, blocks, folder)
     if metrics is not None:
         arrays = io.BytesIO()
         named = {f"{STATE}-{i}": array for i, array in enumerate(metrics.state)}
