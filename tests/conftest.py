@@ -62,6 +62,7 @@ def spark(own_temporary_folder: str) -> Iterator[SparkSession]:
         .config("spark.ui.enabled", "false")
         .config("spark.ui.showConsoleProgress", "false")
         .config("spark.sql.shuffle.partitions", "2")
+        .config("spark.local.dir", own_temporary_folder)
         .getOrCreate()
     )
     session.sparkContext.setLogLevel("ERROR")  # what tests provoke need not be printed

@@ -47,7 +47,7 @@ def nothing_is_left(own_temporary_folder: str) -> Iterator[None]:
     """After the test there is no rank, no shared memory and no temporary folder that was not there before."""
 
     def all_there_is() -> tuple[set[int], set[str], set[str]]:
-        folders = {path.name for path in Path(own_temporary_folder).glob("allreduce_spark-*")}
+        folders = {path.name for path in Path(own_temporary_folder).glob("**/allreduce_spark-*")}
         return rank_processes(own_temporary_folder), orphaned_segments(), folders
 
     before = all_there_is()
