@@ -19,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from allreduce_spark.world import World
+
 __all__ = ["Communicator", "GraphCollectives", "ReduceOp"]
 
 
@@ -35,12 +37,13 @@ class Communicator(Protocol):
     """A fixed group of ranks. All methods are collective: every rank of the group must call them, in the same order.
 
     Attributes:
-        rank: Index of this process in the group.
-        world_size: How many ranks there are.
+        world: This rank's place: also which others are on its host, by `local_rank`, `local_size` and `node_rank`.
+        rank, world_size: Index of this rank in the group, and how many there are; as `world` has them.
         timeout_s: Seconds that a call waits for the other ranks where it is not given its own `timeout_s`.
         graph: The collectives that this backend can run inside a compiled graph, or None where it has numpy buffers only.
     """
 
+    world: World
     rank: int
     world_size: int
     timeout_s: float

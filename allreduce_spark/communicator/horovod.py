@@ -122,7 +122,7 @@ class HorovodCommunicator:
     """The ranks of one Horovod group. See `Communicator` for the contract of its methods; `open_horovod` makes one."""
 
     def __init__(self, world: World, timeout_s: float) -> None:
-        self.rank, self.world_size, self.timeout_s = world.rank, world.world_size, timeout_s
+        self.world, self.rank, self.world_size, self.timeout_s = world, world.rank, world.world_size, timeout_s
         self.graph: GraphCollectives | None = HorovodGraph()
         self._busy = threading.Lock()
         self._broken: str | None = None  # why no collective can be called any more

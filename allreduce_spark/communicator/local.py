@@ -25,6 +25,7 @@ from allreduce_spark.communicator.agreement import (
 )
 from allreduce_spark.communicator.base import GraphCollectives, ReduceOp
 from allreduce_spark.errors import CollectiveError, CollectiveTimeoutError
+from allreduce_spark.world import World, worlds_of
 
 __all__ = ["LocalCommunicator", "LocalGroup"]
 
@@ -59,7 +60,7 @@ class LocalGroup:
         self._changed = threading.Condition()
         self._meeting = _Meeting()
         self._failure: tuple[type[CollectiveError], str] | None = None
-        self.communicators = tuple(LocalCommunicator(self, rank) for rank in range(world_size))
+        self.communicators = tuple(LocalCommunicator(self, world) for world in worlds_of([self] * world_size))
 
     def meet(
         self,
@@ -145,9 +146,9 @@ class LocalGroup:
 class LocalCommunicator:
     """One rank of a `LocalGroup`. See `Communicator` for the contract of its methods."""
 
-    def __init__(self, group: LocalGroup, rank: int) -> None:
-        self._group = group
-        self.rank, self.world_size, self.timeout_s = rank, group.world_size, group.timeout_s
+    def __init__(self, group: LocalGroup, world: World) -> None:
+        self._group, self.world = group, world
+        self.rank, self.world_size, self.timeout_s = world.rank, world.world_size, group.timeout_s
         self.graph: GraphCollectives | None = None
 
     def allreduce(self, buffer: np.ndarray, op: ReduceOp = ReduceOp.SUM, *, timeout_s: float | None = None) -> None:

@@ -107,7 +107,7 @@ def open_mpi(world: World, timeout_s: float) -> MPICommunicator:
         each.Set_errhandler(MPI.ERRORS_RETURN)
     shares_memory = world.local_size == world.world_size
     piece_bytes = _LOCAL_PIECE_BYTES if shares_memory else _REMOTE_PIECE_BYTES
-    communicator = MPICommunicator(MPI.COMM_WORLD, timeout_s, piece_bytes)
+    communicator = MPICommunicator(MPI.COMM_WORLD, world, timeout_s, piece_bytes)
     communicator.barrier()
     # All ranks of this host have mapped the shared memory by now. It lives on without a name, and ends with the last
     # process, so nothing is left behind however a rank ends. MPI_Finalize does not mind.
@@ -139,12 +139,15 @@ class MPICommunicator:
 
     Args:
         parent: The group; duplicated, so that messages of others never mix with ours. All its ranks must come.
+        world: This rank's place in it.
         timeout_s: Seconds that a collective waits for the other ranks.
         piece_bytes: An all-reduce of more goes piece by piece. The same on all ranks.
     """
 
-    def __init__(self, parent: MPI.Intracomm, timeout_s: float, piece_bytes: int = _LOCAL_PIECE_BYTES) -> None:
-        self.rank, self.world_size, self.timeout_s = parent.rank, parent.size, timeout_s
+    def __init__(
+        self, parent: MPI.Intracomm, world: World, timeout_s: float, piece_bytes: int = _LOCAL_PIECE_BYTES
+    ) -> None:
+        self.world, self.rank, self.world_size, self.timeout_s = world, world.rank, world.world_size, timeout_s
         self._piece_bytes = piece_bytes
         self.graph: GraphCollectives | None = None
         self._busy = threading.Lock()

@@ -42,7 +42,8 @@ def run(
     function reduces or broadcasts, and in nothing else: `DistributedOptimizer` says what that is for it, and for callbacks.
 
     Args:
-        function: Gets a `Communicator`, its rank's place among the others and its way to them; the rest is up to it. With
+        function: Gets a `Communicator`, its rank's place among the others (`communicator.world` has the one within its host,
+            too) and its way to them; the rest is up to it. With
             `DistributedOptimizer`, `broadcast` and `shard_dataset`, a loop for one process becomes one for many. It travels by
             cloudpickle, as its arguments do.
         num_ranks: How many ranks; None for as many as there are slots.

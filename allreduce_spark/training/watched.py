@@ -46,7 +46,7 @@ class WatchedCommunicator:
         self._communicator, self._status, self._waited_s, self._began = communicator, status, 0.0, 0.0
         # Operations of a graph that need nothing of each other run at once.
         self._lock, self._at_it = threading.Lock(), 0
-        self.rank, self.world_size = communicator.rank, communicator.world_size
+        self.world, self.rank, self.world_size = communicator.world, communicator.rank, communicator.world_size
         self.timeout_s = communicator.timeout_s
         self.graph: GraphCollectives | None = None
         if communicator.graph is not None:

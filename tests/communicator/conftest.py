@@ -55,6 +55,7 @@ PROGRAM_MODULE = load_program()
 class Ranks:
     """A group of ranks that run functions of `rank_process.py` together."""
 
+    nodes: list[int]  # of each rank, the index of its host
     world_size: int
     timeout_s: float
 
@@ -73,7 +74,7 @@ class Ranks:
 
 class LocalRanks(Ranks):
     def __init__(self, world_size: int, timeout_s: float) -> None:
-        self.world_size, self.timeout_s = world_size, timeout_s
+        self.nodes, self.world_size, self.timeout_s = [0] * world_size, world_size, timeout_s
         self._communicators = LocalGroup(world_size, timeout_s).communicators
 
     def outcomes(self, name: str, **arguments: Any) -> list[Any]:
@@ -92,7 +93,7 @@ class ProcessRanks(Ranks):
     """Processes of `rank_process.py`, on hosts that `nodes` makes up: ranks of different nodes talk by TCP."""
 
     def __init__(self, nodes: list[int], timeout_s: float, backend: str = "mpi") -> None:
-        self.world_size, self.timeout_s = len(nodes), timeout_s
+        self.nodes, self.world_size, self.timeout_s = nodes, len(nodes), timeout_s
         key_space = KeySpace(f"test-{secrets.token_hex(8)}", len(nodes), process_mapping(nodes))
         pmi_pairs = [socket.socketpair() for _ in nodes]
         self.controls: list[Connection] = []

@@ -69,6 +69,10 @@ def random_array(dtype: str, shape: tuple[int, ...], seed: int, rank: int) -> np
 # What the tests call, each in all ranks at once.
 
 
+def place(communicator: Communicator) -> tuple[World, int, int]:
+    return communicator.world, communicator.rank, communicator.world_size
+
+
 def allreduced(communicator: Communicator, dtype: str, shape: tuple[int, ...], op: str, seed: int = 0) -> np.ndarray:
     buffer = random_array(dtype, shape, seed, communicator.rank)
     communicator.allreduce(buffer, ReduceOp(op))
@@ -127,7 +131,7 @@ def second_group_with_a_late_rank(communicator: Communicator, late: int, by_s: f
 
     if communicator.rank == late:
         time.sleep(by_s)
-    second = MPICommunicator(MPI.COMM_WORLD, timeout_s=5.0)
+    second = MPICommunicator(MPI.COMM_WORLD, communicator.world, timeout_s=5.0)
     buffer = np.ones(1)
     second.allreduce(buffer)
     return float(buffer[0])

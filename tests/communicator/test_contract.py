@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from allreduce_spark.communicator.base import Communicator
 from allreduce_spark.communicator.local import LocalGroup
+from allreduce_spark.world import worlds_of
 
 REDUCIBLE = ["float32", "float64", "int32", "int64"]
 ANY_DTYPE = ["?", "u1", "f2", "f4", "f8", "i8", "c8", "M8[s]", "S3", "U2", "V5", ">f4", "i4,f8"]
@@ -37,6 +38,11 @@ def assert_same_bits(arrays):
 
 def test_both_kinds_of_communicator_are_one_to_the_type_checker():
     assert isinstance(LocalGroup(1, timeout_s=1).communicators[0], Communicator)
+
+
+def test_every_rank_knows_its_place_among_the_others_and_within_its_host(ranks):
+    expected = [(world, world.rank, world.world_size) for world in worlds_of(ranks.nodes)]
+    assert ranks.run("place") == expected
 
 
 @pytest.mark.parametrize("op", COMBINE)
