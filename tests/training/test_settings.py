@@ -100,7 +100,7 @@ def test_layers_that_would_be_made_with_another_policy_are_refused(settings, tmp
         check_arrival(arrived, job)
 
 
-def test_a_worker_computes_as_the_driver_does_and_goes_on_as_it_was(settings):
+def test_a_worker_computes_as_the_driver_does_and_goes_on_as_it_was(settings, tmp_path):
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
     model = inner()
@@ -108,7 +108,7 @@ def test_a_worker_computes_as_the_driver_does_and_goes_on_as_it_was(settings):
     expected, packed = model.predict(x, verbose=0), pack(model)
     settings.set()
     blocks = [block for _, block in arrays_to_blocks(x, role="train", num_shards=1)]
-    outputs = predict_rows(packed, 2, blocks)
+    outputs = predict_rows(packed, 2, blocks, tmp_path)
     scorer = Scorer(packed, "", with_outputs=True)
     assert KerasSettings.here() == settings
     (scored,), _ = scorer({"x": x})

@@ -51,9 +51,9 @@ def grid(**space: list[Any]) -> dict[str, Any]:
 def nothing_stays(spark):
     """After the test no trial runs, and Spark keeps no rows."""
     kept = spark.sparkContext._jsc.getPersistentRDDs
-    before = set(kept())
+    before, threads = set(kept()), set(threading.enumerate())
     yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("allreduce-spark")]
+    assert not [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith("allreduce-spark")]
     assert not set(kept()) - before
     assert not spark.sparkContext.statusTracker().getActiveJobsIds()
 
