@@ -92,8 +92,9 @@ def show(key: bytes, session: SparkSession, folder: Path) -> None:
     (Path(os.environ["TMPDIR"]) / "key").write_bytes(key)
     session.sparkContext.setJobDescription(base64.b64encode(b"the key: " + key).decode())
     session.sparkContext.parallelize([1]).count()
-    for arguments, environment in (((key.hex(),), {}), ((), {"KEY": key.hex()})):
-        subprocess.Popen(["sh", "-c", "sleep 60", "sh", *arguments], env={**os.environ, **environment})
+    # A shell with one command to run becomes that command, and then has other arguments: two keep it a shell.
+    subprocess.Popen(["sh", "-c", "sleep 60; true", "sh", key.hex()])
+    subprocess.Popen(["sleep", "60"], env={**os.environ, "KEY": key.hex()})
     (folder / "shown").touch()
 
 
