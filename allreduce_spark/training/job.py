@@ -17,7 +17,7 @@ import keras
 from allreduce_spark.config import Checkpoint, FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.backends import ours
-from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import load_model, model_and_code
 from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["Job", "check_arrival", "load_job", "make_job", "pickle_objects", "precision_of", "seed_variables"]
@@ -105,10 +105,11 @@ def make_job(
     if model.jit_compile and not ours.COMPILES_CALLS:
         log.info("the ranks train without jit_compile: compiled code would know no way out to the other ranks")
     seeds = [variable.numpy().tolist() for variable in seed_variables(model)]
-    objects = pickle_objects(({**custom_objects_of(model), **custom_objects}, [_unbound(c) for c in callbacks]))
+    archive, code = model_and_code(model, custom_objects)
+    objects = pickle_objects((code, [_unbound(c) for c in callbacks]))
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations, precision = int(model.optimizer.iterations.numpy()), precision_of(model)
-    archive, settings = model_to_bytes(model), KerasSettings.of(model)
+    settings = KerasSettings.of(model)
     return Job(archive, objects, config, timeouts, seeds, trainable, iterations, settings, precision, checkpoint)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from allreduce_spark.training.job import pickle_objects
 from allreduce_spark.training.models.layout import outputs_in_order, outputs_of, sub_model
-from allreduce_spark.training.models.model_bytes import custom_objects_of, keras_lock, model_to_bytes
+from allreduce_spark.training.models.model_bytes import keras_lock, model_and_code
 from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["PackedModel", "Scorer", "load_uncompiled", "pack", "scorer_of", "state_of"]
@@ -53,8 +53,8 @@ def pack(model: keras.Model, custom_objects: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: Keras cannot save it, or its code cannot be sent.
     """
-    objects = pickle_objects({**custom_objects_of(model), **(custom_objects or {})})
-    return PackedModel(model_to_bytes(model), objects, KerasSettings.of(model).to_json().encode())
+    archive, code = model_and_code(model, custom_objects)
+    return PackedModel(archive, pickle_objects(code), KerasSettings.of(model).to_json().encode())
 
 
 def state_of(model: keras.Model) -> str:

@@ -23,7 +23,7 @@ from allreduce_spark.config import FitConfig
 from allreduce_spark.data import Shard, ShardWriter, arrays_to_blocks, decode_block
 from allreduce_spark.rendezvous.status import StatusPage
 from allreduce_spark.training.batches import BatchPlan, ShardBatches, validation_rows_of
-from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import load_model, model_and_code
 from allreduce_spark.training.rank import Checkpointing, train
 from allreduce_spark.world import Membership, worlds_of
 
@@ -139,8 +139,8 @@ def fit_ranks(tmp_path):
         folder = next(folders)
         folder.mkdir()
         archive = folder / "model.keras"
-        archive.write_bytes(model_to_bytes(model))
-        objects = custom_objects_of(model)
+        content, objects = model_and_code(model)
+        archive.write_bytes(content)
         spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(folder / f"probe{i}", part)))
         shards = [write_shard(folder / f"train{number}", part, spec) for number, part in enumerate(parts)]
         empty = tuple(keras.tree.map_structure(lambda a: None if a is None else a[:0], part) for part in parts[0])
@@ -227,8 +227,9 @@ def fit_reference(tmp_path):
 
     def fit(model, parts, config: FitConfig, callbacks=list, validation=None) -> Fitted:
         archive = tmp_path / "model.keras"
-        archive.write_bytes(model_to_bytes(model))
-        copy = load_model(archive, custom_objects_of(model))
+        content, objects = model_and_code(model)
+        archive.write_bytes(content)
+        copy = load_model(archive, objects)
         copy.jit_compile = keras.backend.backend() == "jax"
         spec = next(s.spec for i, part in enumerate(parts) if len(s := write_shard(tmp_path / f"probe{i}", part)))
         shards = [write_shard(tmp_path / f"reference{rank}", part, spec) for rank, part in enumerate(parts)]

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import keras
 import numpy as np
 import pytest
+from exactness import assert_exact, assert_same_history, dense_data
 
 from allreduce_spark.config import FitConfig
 from allreduce_spark.errors import ConfigError
-
-# Ranks of other tests need it, too: what is registered here with Keras travels to them.
-sys.path.insert(0, str(Path(__file__).parent))
-from exactness import assert_exact, assert_same_history, dense_data
 
 SIZES = {1: (37,), 2: (29, 18), 3: (31, 3, 14), 4: (17, 0, 26, 9)}
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.tuning.study import Direction, State
 from allreduce_spark.training.models.ensemble import Method, ensemble_of
-from allreduce_spark.training.models.model_bytes import custom_objects_of, load_model, model_to_bytes
+from allreduce_spark.training.models.model_bytes import load_model, model_and_code
 
 if TYPE_CHECKING:
     import keras
@@ -57,7 +57,7 @@ class KeptModel:
 
     @classmethod
     def of(cls, model: keras.Model, custom_objects: Mapping[str, Any]) -> KeptModel:
-        return cls(model_to_bytes(model), {**custom_objects_of(model), **custom_objects})
+        return cls(*model_and_code(model, custom_objects))
 
     def load(self) -> keras.Model:
         """A new model each time, compiled, with the state of its optimizer."""

@@ -10,7 +10,7 @@ import keras
 from allreduce_spark.config import FitConfig, Timeouts
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.training.job import Job, check_arrival, precision_of, seed_variables
-from allreduce_spark.training.models.model_bytes import custom_objects_of, model_from_bytes, model_to_bytes
+from allreduce_spark.training.models.model_bytes import model_and_code, model_from_bytes
 from allreduce_spark.training.settings import KerasSettings
 
 __all__ = ["copy_model", "set_learning_rate"]
@@ -24,7 +24,7 @@ def copy_model(model: keras.Model, custom_objects: Mapping[str, Any]) -> keras.M
     """
     settings = KerasSettings.of(model)
     with settings.in_force():
-        copied = model_from_bytes(model_to_bytes(model), {**custom_objects_of(model), **custom_objects})
+        copied = model_from_bytes(*model_and_code(model, custom_objects))
     trainable = [bool(weight.trainable) for weight in model.weights]
     iterations = int(model.optimizer.iterations.numpy())
     job = Job(b"", b"", FitConfig(), Timeouts(), [], trainable, iterations, settings, precision_of(model))

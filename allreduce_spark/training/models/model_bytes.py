@@ -1,17 +1,19 @@
 """Keras model <-> bytes, and the trained state back: Keras's own `.keras` archive one way, safetensors the other. No pickle.
 
 Custom classes and functions (layers, losses, metrics, optimizers) are referred to by name in the archive. The code behind
-the names travels beside it, as what `custom_objects_of` finds.
+the names travels beside it: `model_and_code` gives both.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import tempfile
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = [
     "keras_lock",
     "load_model",
     "load_state",
+    "model_and_code",
     "model_from_bytes",
     "model_to_bytes",
     "numpy_dtype",
@@ -40,6 +43,19 @@ __all__ = [
 
 # Keras saves and loads through state that all threads share; fits may run at once (`CrossValidator(parallelism=2)`).
 keras_lock = threading.RLock()
+
+
+def model_and_code(model: keras.Model, custom_objects: Mapping[str, Any] | None = None) -> tuple[bytes, dict[str, Any]]:
+    """What `load_model` needs elsewhere: the archive, and the code by the names that the archive holds.
+
+    Args:
+        custom_objects: More code by name, or other code than the model itself shows.
+
+    Raises:
+        ConfigError: As `model_to_bytes` and `custom_objects_of`.
+    """
+    archive = model_to_bytes(model)
+    return archive, {**_registered_code(archive), **custom_objects_of(model), **(custom_objects or {})}
 
 
 def model_to_bytes(model: keras.Model) -> bytes:
@@ -153,13 +169,24 @@ def model_from_bytes(archive: bytes, custom_objects: Mapping[str, Any]) -> keras
         return load_model(path, custom_objects)
 
 
+def _registered_code(archive: bytes) -> dict[str, Any]:
+    """What is registered with Keras in this process and may be asked for: all that the archive names or the script defines.
+
+    Not the whole register: it also holds what any imported package has put there, which executors need not have.
+    """
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        config = file.read("config.json").decode()
+    registered = keras.saving.get_custom_objects().items()
+    return {name: code for name, code in registered if json.dumps(name) in config or _module_of(code) == "__main__"}
+
+
 def custom_objects_of(model: keras.Model) -> dict[str, Any]:
-    """The classes and functions, by name, that are needed to load this model and that Keras does not bring itself.
+    """The classes and functions, by name, that are seen in the model and its compile settings, and that are not Keras's own.
 
     Raises:
         ConfigError: Two of them have one name.
     """
-    found: dict[str, Any] = dict(keras.saving.get_custom_objects())
+    found: dict[str, Any] = {}
     for code in map(_code_of, _parts_of_compile(model)):
         if not _is_builtin(code) and found.setdefault(code.__name__, code) != code:
             raise ConfigError(
@@ -209,10 +236,12 @@ def _may_be_custom(value: object) -> bool:
 
 
 def _is_builtin(code: Any) -> bool:
-    module = getattr(code, "__module__", None) or "builtins"
-    return (
-        module.split(".")[0] in ("keras", "tensorflow", "builtins", "numpy", "ml_dtypes") or code.__name__ == "<lambda>"
-    )
+    package = _module_of(code).split(".")[0]
+    return package in ("keras", "tensorflow", "builtins", "numpy", "ml_dtypes") or code.__name__ == "<lambda>"
+
+
+def _module_of(code: Any) -> str:
+    return getattr(code, "__module__", None) or "builtins"
 
 
 def save_state(model: keras.Model, path: Path, about: Mapping[str, Any]) -> None:

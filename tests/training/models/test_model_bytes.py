@@ -17,6 +17,7 @@ from allreduce_spark.training.models.model_bytes import (
     custom_objects_of,
     load_model,
     load_state,
+    model_and_code,
     model_to_bytes,
     read_about,
     save_state,
@@ -94,6 +95,26 @@ def test_code_that_is_registered_nowhere_travels_with_the_model(tmp_path):
     child = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
     expected = model.predict(np.ones((1, 3)), verbose=0).tolist()
     assert child.stdout.splitlines() == [f"True {expected} True ['TerminateOnNaN']", "True"], child.stderr
+
+
+def test_of_what_is_registered_with_keras_only_what_the_model_names_or_the_script_defines_travels():
+    def registered(name, module):
+        code = type(name, (keras.losses.MeanSquaredError,), {"__module__": module})
+        return keras.saving.register_keras_serializable("test_model_bytes")(code)
+
+    used, unused = registered("Used", "a_package"), registered("Unused", "a_package_that_executors_lack")
+    own = registered("Own", "__main__")
+    try:
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.compile("sgd", used())
+        _, code = model_and_code(model)
+        assert code["test_model_bytes>Used"] is used
+        assert code["test_model_bytes>Own"] is own  # its name may stand in the code of the script, where none can look
+        assert unused not in code.values()
+        assert model_and_code(model, {"test_model_bytes>Used": unused})[1]["test_model_bytes>Used"] is unused
+    finally:
+        for name in ("Used", "Unused", "Own"):
+            del keras.saving.get_custom_objects()[f"test_model_bytes>{name}"]
 
 
 @pytest.mark.parametrize(
