@@ -45,7 +45,7 @@ class Timeouts:
         stall_warning_s: A rank that takes longer than this for one step is named in the log, with what its code is doing.
         collective_s: One rank waiting for the others in one collective.
         checkpoint_s: Bringing a checkpoint to its store. Training goes on meanwhile, and waits for it at the end of some epochs
-            and at its own end; after so long it goes on without that checkpoint.
+            and at its own end; after so long it goes on without that checkpoint. Before a fit: opening the store.
         result_s: Bringing the weights from the root to the driver.
         teardown_s: Ending the ranks and the barrier stage once the result, or the failure, is known. With Spark Connect a task
             of rank 0 that has not told of a failure by then is killed.

@@ -10,20 +10,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, wait
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from allreduce_spark.checkpoint.fingerprint import Fingerprint
 from allreduce_spark.checkpoint.manifest import File, Manifest
+from allreduce_spark.checkpoint.patience import within
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint, Timeouts
-from allreduce_spark.errors import CheckpointError, ConfigError
+from allreduce_spark.errors import CheckpointError
 
 __all__ = ["Coordinator"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 TRIES = 2  # of one local checkpoint without a newer one: it may be what ranks fail of
 
@@ -144,7 +143,7 @@ class Coordinator:
             ConfigError: The store cannot be read, or does not answer.
         """
         if self._store is not None:
-            newest = self._ask(self._store.latest)
+            newest = within(self._timeout_s, self._store.path, self._store.latest, self._work.put)
             with self._lock:
                 self._newest = newest
 
@@ -158,24 +157,6 @@ class Coordinator:
                 "Setting: Timeouts.checkpoint_s",
                 self._timeout_s,
             )
-
-    def _ask(self, work: Callable[[], T]) -> T:
-        """Have the thread do it, after all that it was given before, and wait for what it returns or raises."""
-        answer: Future[T] = Future()
-
-        def settle() -> None:
-            try:
-                answer.set_result(work())
-            except Exception as error:  # noqa: BLE001  whoever asked gets it
-                answer.set_exception(error)
-
-        self._work.put(settle)
-        if not wait([answer], self._timeout_s).done:
-            raise ConfigError(
-                f"the store of the checkpoints, {self._settings.path!r}, has not answered for {self._timeout_s:g} s. "
-                "Setting: Timeouts.checkpoint_s"
-            )
-        return answer.result()
 
     def _do_work(self) -> None:
         while work := self._work.get():

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from pyspark import SparkContext
 from pyspark.resource import ResourceProfile
 
-from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint, Timeouts
 from allreduce_spark.spark.cluster import active_context, check_cluster, count_slots, is_local
 from allreduce_spark.spark.engine import Fit
 from allreduce_spark.spark.fit import Rows, run_fit, run_function_job
 from allreduce_spark.spark.inference import evaluate_blocks, predict_blocks, value_of
+from allreduce_spark.spark.recovery import newest_checkpoint
 from allreduce_spark.spark.resources import register
 from allreduce_spark.spark.shards import Columns, blocks_of, shards_of
 from allreduce_spark.training.cores import warn_if_gpus_are_taken
@@ -55,7 +55,7 @@ class ClassicEngine:
         return str(self.context.applicationId)
 
     def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
-        return Store(str(checkpoint.path)).latest()
+        return newest_checkpoint(str(checkpoint.path), timeouts.checkpoint_s)
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
         return check_cluster(self.context, num_ranks, timeouts, self.resources, min_ranks)

@@ -6,16 +6,18 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from allreduce_spark.checkpoint.coordinator import Coordinator
 from allreduce_spark.checkpoint.fingerprint import Fingerprint, differences
-from allreduce_spark.checkpoint.manifest import Manifest
+from allreduce_spark.checkpoint.manifest import File, Manifest
+from allreduce_spark.checkpoint.patience import within
 from allreduce_spark.checkpoint.store import Store
 from allreduce_spark.config import Checkpoint, Recovery
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.launch.scratch import scratch_folder
 
-__all__ = ["Safety", "check_min_ranks", "check_resumable", "check_resume", "coordinate"]
+__all__ = ["Safety", "check_min_ranks", "check_resumable", "check_resume", "coordinate", "newest_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -69,32 +71,45 @@ def check_min_ranks(min_ranks: int | None, num_ranks: int | None) -> None:
         )
 
 
+def newest_checkpoint(path: str, timeout_s: float) -> Manifest | None:
+    """The last whole checkpoint of the store at `path`; None where there is none.
+
+    Raises:
+        ConfigError: The store cannot be read, or has not answered in time.
+    """
+    return within(timeout_s, path, lambda: Store(path).latest())
+
+
 @contextlib.contextmanager
 def coordinate(safety: Safety, archive: bytes, timeout_s: float) -> Iterator[Coordinator]:
     """The coordinator of a fit; at the end everything that it was told of is in the store.
 
     Args:
         archive: The untrained model, as a `.keras` file.
-        timeout_s: How long the store is waited for, once the fit has begun.
+        timeout_s: How long the store is waited for.
 
     Raises:
-        ConfigError: The store cannot be used, or holds the checkpoints of another fit.
+        ConfigError: The store cannot be used, does not answer, or holds the checkpoints of another fit.
     """
     path, resumed = safety.checkpoint.path, safety.resumed
     if path is None:
         coordinator = Coordinator(safety.checkpoint)
     else:
-        store = Store(path)
-        store.begin(resumed.id if resumed else None)
-        with scratch_folder() as folder:
-            local = folder / "model.keras"
-            local.write_bytes(archive)
-            model = store.put_model(local)
+        store, model = within(timeout_s, path, partial(_open_store, path, resumed, archive))
         coordinator = Coordinator(safety.checkpoint, store, model=model, resumed=resumed, timeout_s=timeout_s)
     if resumed:
         log.info("going on from checkpoint %s of %s: epoch %d, step %d", resumed.id, path, resumed.epoch, resumed.step)
     with contextlib.closing(coordinator):
         yield coordinator
+
+
+def _open_store(path: str, resumed: Manifest | None, archive: bytes) -> tuple[Store, File]:
+    store = Store(path)
+    store.begin(resumed.id if resumed else None)
+    with scratch_folder() as folder:
+        local = folder / "model.keras"
+        local.write_bytes(archive)
+        return store, store.put_model(local)
 
 
 def check_resumable(resumed: Manifest, now: Fingerprint, *, of_this_fit: bool) -> None:

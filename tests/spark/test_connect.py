@@ -34,6 +34,7 @@ from pyspark.sql import DataFrame, SparkSession
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
 from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, RankFailedError, RendezvousTimeoutError
+from allreduce_spark.spark.connect.session import ask_executor
 from allreduce_spark.training.settings import KerasSettings
 
 pytest.importorskip("grpc_status", reason="the client of Spark Connect is missing: pip install 'pyspark[connect]'")
@@ -346,6 +347,13 @@ def test_rows_that_never_come_are_waited_for_until_spool_s_is_over(
     ):
         SparkModel(plain(), num_ranks=2, timeouts=Timeouts(spool_s=3)).fit(rows, verbose=0)
     assert len(SparkModel(plain(), num_ranks=2).fit(frame, verbose=0).history["loss"]) == 1, "the slots are free again"
+
+
+def test_an_executor_that_does_not_answer_is_given_up(session: SparkSession, nothing_is_left: None) -> None:
+    timeouts = Timeouts(slots_s=1, checkpoint_s=1, silence_s=3)
+    with pytest.raises(ConfigError, match=r"has not answered for 5 s. Setting: Timeouts\.checkpoint_s"):
+        ask_executor(session, partial(time.sleep, 60), timeouts)
+    assert ask_executor(session, lambda: "the slot is free again", Timeouts()) == "the slot is free again"
 
 
 def test_ranks_may_train_for_longer_than_spool_s(session: SparkSession, nothing_is_left: None) -> None:

@@ -38,6 +38,7 @@ from allreduce_spark.spark.connect.transfer import send_files
 from allreduce_spark.spark.engine import Fit
 from allreduce_spark.spark.progress import Nobody
 from allreduce_spark.spark.ranks import Spectator, check_restart, warn_of_restart
+from allreduce_spark.spark.recovery import newest_checkpoint
 from allreduce_spark.spark.shards import Columns
 from allreduce_spark.spark.slots import hold_slots
 from allreduce_spark.spark.stage import error_of
@@ -87,7 +88,8 @@ class ConnectEngine:
         return str(self.session.session_id)  # type: ignore[attr-defined]  # of Connect
 
     def newest_checkpoint(self, checkpoint: Checkpoint, timeouts: Timeouts) -> Manifest | None:
-        found = ask_executor(self.session, partial(_newest, Store(str(checkpoint.path)).path), timeouts)
+        path = Store(str(checkpoint.path)).path
+        found = ask_executor(self.session, partial(_newest, path, timeouts.checkpoint_s), timeouts)
         return None if found is None else Manifest.from_json(found)
 
     def check_slots(self, num_ranks: int | None, timeouts: Timeouts, min_ranks: int | None = None) -> int:
@@ -199,8 +201,8 @@ def _after(lost: Failure | None) -> Iterator[None]:
         raise ConfigError(f"{error}\nBefore, a barrier stage was lost: {lost.text}") from error_of(lost)
 
 
-def _newest(path: str) -> dict[str, Any] | None:
-    newest = Store(path).latest()
+def _newest(path: str, timeout_s: float) -> dict[str, Any] | None:
+    newest = newest_checkpoint(path, timeout_s)
     return None if newest is None else newest.to_json()
 
 

@@ -191,11 +191,13 @@ def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: T
     """What `question`, which travels by cloudpickle, returns on some executor, as JSON values.
 
     Raises:
-        ConfigError: No executor has been free for `slots_s`.
+        ConfigError: No executor has been free for `slots_s`, or the one that was asked has not answered long after that.
         AllReduceSparkError: That it has raised, or the Spark job failed.
     """
     frame = session.range(0, 1, 1, 1).mapInArrow(partial(_answer, question), SCHEMA)
     answers: list[tuple[str, bytes]] = []
+    patience_s = timeouts.slots_s + timeouts.checkpoint_s + timeouts.silence_s
+    give_up = time.monotonic() + patience_s
     with running(Operation(session, frame, lambda *row: answers.append(row)), timeouts.teardown_s) as operation:
         while operation.is_alive():
             operation.join(POLL_S)
@@ -203,6 +205,11 @@ def ask_executor(session: SparkSession, question: Callable[[], Any], timeouts: T
                 raise ConfigError(
                     f"no executor of the Spark application has been free for {timeouts.slots_s:g} s, not even to look for "
                     "checkpoints. Setting: Timeouts.slots_s"
+                )
+            if time.monotonic() > give_up:
+                raise ConfigError(
+                    f"an executor of the Spark application was to look for checkpoints, and has not answered for "
+                    f"{patience_s:g} s. Setting: Timeouts.checkpoint_s"
                 )
     if operation.error is not None:
         raise error_of_job(operation.error) from operation.error
