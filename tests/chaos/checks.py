@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import itertools
-import os
 import re
 import sys
 import time
@@ -19,7 +17,7 @@ from scene import Scene, processes_of
 from allreduce_spark.checkpoint.store import Store
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "spark"))
-from segments import orphaned_segments
+from leftovers import orphaned_segments, scratch_folders
 
 __all__ = ["leftovers", "longest_pause", "violations"]
 
@@ -101,6 +99,5 @@ def _leftovers(scene: Scene, segments_before: set[str]) -> Iterator[str]:
     for segment in sorted(orphaned_segments() - segments_before):
         yield f"{segment} is left"
     for folder in (scene.folder / "tmp", scene.folder / "local"):
-        for parent, names, _ in os.walk(folder):  # which takes it that folders vanish meanwhile
-            for name in fnmatch.filter(names, "allreduce_spark-*"):
-                yield f"{Path(parent, name).relative_to(scene.folder)} is left"
+        for path in sorted(scratch_folders(folder)):
+            yield f"{Path(path).relative_to(scene.folder)} is left"

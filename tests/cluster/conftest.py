@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for modules that `tests/chaos` uses, too
+sys.path.insert(0, str(Path(__file__).parents[1] / "spark"))  # the fit that faults befall is that of the tests there
 from standalone import SPARK_HOME, Seat, running_standalone
 
 

@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import each_backend as program
 import pyspark
 import pytest
 
 from allreduce_spark.communicator.horovod_environment import installed
 
-sys.path.insert(0, str(Path(__file__).parent))
-import each_backend as program
-
-pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 PROGRAM = str(program.__file__)

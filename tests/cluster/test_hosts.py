@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hosts_program
 import numpy as np
 import pytest
+from hosts import Host, Network, add_unroutable_bridge, limit_rate, running_hosts, why_no_hosts
+from standalone import Seat, running_standalone
 
 from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.world import worlds_of
-
-sys.path.insert(0, str(Path(__file__).parent))  # for modules that `tests/chaos` uses, too
-import hosts_program
-from hosts import Host, Network, add_unroutable_bridge, limit_rate, running_hosts, why_no_hosts
-from standalone import Seat, running_standalone
 
 # The first test of each cluster waits for all of its fits.
 pytestmark = [pytest.mark.spark, pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -197,7 +197,8 @@ class Fit:
         if self.rendezvous is not None:
             self.rendezvous.close()
         for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
         for segment in self.segments():
             segment.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -89,7 +90,7 @@ def test_the_end_of_a_rank_can_be_waited_for_even_after_somebody_asked(start):
     while not rank.has_ended():  # this reaps it
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert select.select([rank.ended], [], [], 0)[0]
+    assert select.select([rank.ended], [], [], 60)[0]
 
 
 def test_all_that_a_rank_printed_is_read_and_the_last_fifty_lines_are_kept(start):
@@ -141,6 +142,7 @@ def test_a_rank_that_ignores_signals_is_killed_at_once_and_closing_twice_kills_o
 
 def test_closing_leaves_no_descriptor_open(tmp_path, start):
     start("trains").close()
+    gc.collect()  # what other tests have left is not to be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         rank = start("trains")

@@ -69,9 +69,7 @@ def test_a_rank_that_is_stopped_after_its_last_word_is_killed_and_the_fit_has_su
 
 
 def test_a_warm_process_that_is_stopped_before_it_forks_is_a_rank_that_does_not_come(clean_fit):
-    clean_fit.start("trains", "trains", rows=["three", "slow"], timeouts=dataclasses.replace(FAST, import_s=1.5))
-    wait_until(clean_fit.warm_processes, "the warm processes are there")
-    os.kill(clean_fit.warm_processes()[0], signal.SIGSTOP)
+    clean_fit.start("stops_before_the_fork", "trains", timeouts=dataclasses.replace(FAST, import_s=1.5))
     failure = clean_fit.end()
     assert (failure.error, failure.phase) == ("RendezvousTimeoutError", "import")
     assert "Timeouts.import_s" in failure.cause

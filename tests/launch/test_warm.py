@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def test_a_rank_that_was_killed_is_no_zombie_and_the_next_one_starts(start):
         rank = start("trains_and_ignores_signals")
         pid = pid_of(rank)
         rank.kill()
-        assert not is_there(pid)
+        wait_until(lambda pid=pid: not is_there(pid), "it is reaped")
 
 
 def test_a_rank_that_is_killed_from_outside_is_reported_with_its_signal_and_no_zombie(start):
@@ -200,6 +201,7 @@ def test_ranks_die_with_their_warm_process_and_the_next_one_gets_a_new_one(start
 
 
 def test_closing_a_warm_process_ends_its_ranks_and_leaves_no_descriptor_open(tmp_path, environment_with):
+    gc.collect()  # what other tests have left is not to be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     (tmp_path / "behaviour").write_text("trains_and_ignores_signals")
     warm = WarmProcess(tmp_path, 1, environment_with(LIGHT))
@@ -213,6 +215,7 @@ def test_closing_a_warm_process_ends_its_ranks_and_leaves_no_descriptor_open(tmp
 
 
 def test_a_warm_process_without_a_rank_leaves_no_descriptor_open(tmp_path, environment_with):
+    gc.collect()  # what other tests have left is not to be closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     WarmProcess(tmp_path, 1, environment_with(LIGHT)).close()
     assert len(os.listdir("/proc/self/fd")) == before

@@ -145,7 +145,7 @@ def test_who_holds_the_key_gets_in_and_is_answered(host, open_door):
 def test_who_holds_another_key_is_refused(open_door, caplog):
     door = open_door()
     with pytest.raises(RendezvousError, match="hung up"):
-        Connection(door.address, b"another key", Timeouts(start_s=0.2))
+        Connection(door.address, b"another key", Timeouts(start_s=2))
     eventually(lambda: "it does not hold the key of this fit" in caplog.text, "the warning")
     with agent_at(door):
         pass

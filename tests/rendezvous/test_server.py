@@ -14,7 +14,7 @@ import pytest
 
 from allreduce_spark.config import Timeouts
 from allreduce_spark.errors import DataError, RendezvousError
-from allreduce_spark.rendezvous import gate, protocol
+from allreduce_spark.rendezvous import controller, gate, protocol
 from allreduce_spark.rendezvous.client import Connection
 from allreduce_spark.rendezvous.controller import Hooks
 from allreduce_spark.rendezvous.group import Failure
@@ -172,7 +172,8 @@ def test_a_failure_that_does_not_say_where_is_placed_where_the_rank_was_last_see
     assert (meeting.rendezvous.failure.phase, meeting.rendezvous.failure.step) == ("train", 11)
 
 
-def test_the_death_is_the_cause_though_its_consequence_was_heard_first(meet):
+def test_the_death_is_the_cause_though_its_consequence_was_heard_first(meet, monkeypatch):
+    monkeypatch.setattr(controller, "GRACE_S", 30.0)
     meeting = meet(2)
     zero, one = meeting.gather()
     zero.say("failed", error="CollectiveError", cause="lost the others", consequence=True)
@@ -252,7 +253,7 @@ def test_a_silent_agent_is_taken_for_dead_and_one_that_beats_is_not(meet):
 
 
 def test_agents_that_never_come_are_named_after_start_s(meet):
-    meeting = meet(3, Timeouts(heartbeat_s=0.05, start_s=0.3, teardown_s=5))
+    meeting = meet(3, Timeouts(heartbeat_s=0.05, start_s=2, teardown_s=5))
     present = meeting.agent(1)
     meeting.end()
     assert "ranks [0, 2]" in meeting.rendezvous.failure.cause

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `faulty_fits`, which is also a program
-from segments import orphaned_segments
+from leftovers import orphaned_segments, scratch_folders
 
 
 @pytest.fixture(scope="session")
@@ -47,12 +47,11 @@ def nothing_is_left(own_temporary_folder: str) -> Iterator[None]:
     """After the test there is no rank, no shared memory and no temporary folder that was not there before."""
 
     def all_there_is() -> tuple[set[int], set[str], set[str]]:
-        folders = {path.name for path in Path(own_temporary_folder).glob("**/allreduce_spark-*")}
-        return rank_processes(own_temporary_folder), orphaned_segments(), folders
+        return rank_processes(own_temporary_folder), orphaned_segments(), scratch_folders(own_temporary_folder)
 
     before = all_there_is()
     yield
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 20
     while any(left := [now - then for now, then in zip(all_there_is(), before, strict=True)]):
         assert time.monotonic() < deadline, "left behind: ranks {}, shared memory {}, folders {}".format(*left)
         time.sleep(0.1)

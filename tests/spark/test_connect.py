@@ -6,6 +6,7 @@ One server for the module, with two slots, as `sbin/start-connect-server.sh` sta
 from __future__ import annotations
 
 import _thread
+import contextlib
 import json
 import logging
 import os
@@ -114,7 +115,9 @@ def server(
             yield f"sc://127.0.0.1:{started[1]}"
         finally:
             process.terminate()
-            process.wait(30)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -280,9 +283,9 @@ def test_a_fit_that_failed_is_gone_on_with_and_survives_the_loss_of_ranks_and_of
 
 
 def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
-    session: SparkSession, nothing_is_left: None
+    session: SparkSession, tmp_path: Path, nothing_is_left: None
 ) -> None:
-    spark_model = SparkModel(plain(), num_ranks=2, timeouts=Timeouts(slots_s=4))
+    spark_model = SparkModel(plain(), num_ranks=2)
     bad = session.range(0, 40, 1, 3).selectExpr("array(1D, 2D, 3D) AS features", "IF(id = 33, NULL, 1D) AS label")
     with pytest.raises(DataError, match="partition 2, row 7"):
         spark_model.fit(bad, verbose=0)
@@ -311,6 +314,7 @@ def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
 
     # Somebody else has one of the two slots.
     def occupy(batches: Iterator[Any]) -> Iterator[Any]:
+        (tmp_path / "occupied").touch()
         time.sleep(60)
         yield from batches
 
@@ -320,8 +324,9 @@ def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
     )
     thread.start()
     try:
+        wait_until((tmp_path / "occupied").exists, 60)
         with pytest.raises(ConfigError, match="2 free slots at once, and for 4 s no task ran"):
-            spark_model.fit((X[:, :3], Y), verbose=0)
+            SparkModel(plain(), num_ranks=2, timeouts=Timeouts(slots_s=4)).fit((X[:, :3], Y), verbose=0)
     finally:
         session.interruptTag(tag)
         thread.join(30)
@@ -350,8 +355,8 @@ def test_rows_that_never_come_are_waited_for_until_spool_s_is_over(
 
 
 def test_an_executor_that_does_not_answer_is_given_up(session: SparkSession, nothing_is_left: None) -> None:
-    timeouts = Timeouts(slots_s=1, checkpoint_s=1, silence_s=3)
-    with pytest.raises(ConfigError, match=r"has not answered for 5 s. Setting: Timeouts\.checkpoint_s"):
+    timeouts = Timeouts(slots_s=5, checkpoint_s=1, silence_s=3)
+    with pytest.raises(ConfigError, match=r"has not answered for 9 s. Setting: Timeouts\.checkpoint_s"):
         ask_executor(session, partial(time.sleep, 60), timeouts)
     assert ask_executor(session, lambda: "the slot is free again", Timeouts()) == "the slot is free again"
 
@@ -369,7 +374,7 @@ def test_a_task_that_is_stuck_ends_the_stage_once_silence_s_is_over(
     session: SparkSession, tmp_path: Path, no_process_is_left: None, rank: int
 ) -> None:
     fault = Fault("train_batch_end", rank, stop_agent, 0, 1)
-    timeouts = Timeouts(silence_s=3, teardown_s=5)
+    timeouts = Timeouts(silence_s=10, teardown_s=5)
     with pytest.raises(RankFailedError) as caught:
         fit(fault, folder=tmp_path, timeouts=timeouts, max_restarts=0)
     # Rank 0's task is the only one that could have said which it was.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 from typing import Any
 
 import cloudpickle
@@ -55,7 +56,10 @@ def nothing_stays(spark):
     yield
     assert not [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith("allreduce-spark")]
     assert not set(kept()) - before
-    assert not spark.sparkContext.statusTracker().getActiveJobsIds()
+    deadline = time.monotonic() + 20  # of a job's end its tracker hears after the job's caller
+    while jobs := spark.sparkContext.statusTracker().getActiveJobsIds():
+        assert time.monotonic() < deadline, f"jobs {jobs} still run"
+        time.sleep(0.05)
 
 
 @pytest.mark.spark
@@ -120,6 +124,7 @@ class GiveUp(optuna.pruners.BasePruner):
 @pytest.mark.spark
 def test_a_trial_of_two_ranks_that_is_given_up_ends_long_before_its_last_epoch(spark, nothing_stays):
     epochs = 2000
+    patient = keras.callbacks.EarlyStopping("val_loss", patience=3, min_delta=1e-3, restore_best_weights=True)
     result = search(
         linear,
         **grid(rate=[0.0, 0.05]),
@@ -127,7 +132,7 @@ def test_a_trial_of_two_ranks_that_is_given_up_ends_long_before_its_last_epoch(s
         validation_data=(X[80:], Y[80:]),
         epochs=epochs,
         batch_size=16,
-        callbacks=[keras.callbacks.EarlyStopping("val_loss", patience=3, min_delta=1e-3, restore_best_weights=True)],
+        callbacks=lambda params: [patient] if params["rate"] else [],
         pruner=GiveUp(),
         ranks_per_trial=2,
         seed=1,
@@ -135,7 +140,8 @@ def test_a_trial_of_two_ranks_that_is_given_up_ends_long_before_its_last_epoch(s
     )
     bad, good = sorted(result.trials, key=lambda trial: trial.params["rate"])
     assert (bad.state, good.state) == ("pruned", "complete")
-    assert 2 <= bad.epochs <= 4 < good.epochs < epochs
+    assert 2 <= bad.epochs < epochs // 10
+    assert 4 < good.epochs < epochs
     assert len(bad.history["val_loss"]) == bad.epochs
     assert bad.value == bad.history["val_loss"][-1] > good.value
     assert result.best_trial == good
@@ -221,7 +227,7 @@ def test_trials_that_fail_are_recorded_and_the_others_go_on(spark, nothing_stays
         troubled,
         **grid(kind=["good", "nan", "raises", "uncompiled", "dies"]),
         data=(X, Y),
-        epochs=5,
+        epochs=60,
         callbacks=lambda params: [Dies()] if params["kind"] == "dies" else [],
         verbose=0,
     )
@@ -233,7 +239,7 @@ def test_trials_that_fail_are_recorded_and_the_others_go_on(spark, nothing_stays
     assert "{'kind': 'raises'}: ZeroDivisionError: no such width" in errors["raises"]
     assert "{'kind': 'uncompiled'}: the model is not compiled" in errors["uncompiled"]
     assert "objective was nan" in errors["nan"] or "objective was inf" in errors["nan"]
-    assert trials["nan"].epochs < 5
+    assert trials["nan"].epochs < 60
     assert list(result.table()["state"]) == ["complete", *4 * ["failed"]]
     assert result.best_params == {"kind": "good"}
 

@@ -82,8 +82,8 @@ def test_when_the_time_is_over_running_trials_are_stopped_and_no_other_begins():
     assert [trial.state for trial in result.trials] == ["complete", "stopped", "stopped"]
     assert result.trials[1].history == {"loss": [0.5]}
     assert result.best_trial.number == 0
-    with pytest.raises(SearchError, match=r"of 2, 0 pruned, 2 stopped, 0 failed \(timeout_s=0.2\)"):
-        run(until_stopped, max_trials=9, max_parallel=2, timeout_s=0.2)
+    with pytest.raises(SearchError, match=r"of 2, 0 pruned, 2 stopped, 0 failed \(timeout_s=1.5\)"):
+        run(until_stopped, max_trials=9, max_parallel=2, timeout_s=1.5)
 
 
 class Interrupted(SearchDisplay):
