@@ -66,7 +66,7 @@ def ranks(folder: Path) -> list[str]:
 
 
 def check_nothing_is_left(cluster: Any) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 5
     while any(left := (ranks(cluster.folder), scratch_folders(cluster.folder))):
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
@@ -84,7 +84,7 @@ def test_an_executor_that_is_killed_is_replaced_and_the_weights_are_the_same(
     before = len(doomed_cluster.executors())
     code, output = run(doomed_cluster, tmp_path, [sys.executable], dropout=0.0, fault="executor")
     assert code == 0, output
-    assert len(doomed_cluster.executors()) >= before + 3
+    assert len(doomed_cluster.executors()) == before + 3
     assert "another barrier stage goes on from" in output
     # With a new executor in time there are two ranks again, and the same bits; else one takes the batches of both.
     outcome = Outcome.read(tmp_path / "outcome.npz")
@@ -124,7 +124,7 @@ def test_a_machine_that_is_lost_for_good_leaves_its_shards_to_the_other_one(
         os.killpg(doomed_cluster.workers[1].pid, signal.SIGKILL)  # and with it its executor
         output, _ = started.communicate(timeout=RUN_S)
     assert started.returncode == 0, output
-    assert re.search(r"from epoch 1, step \d with 1 of 2 ranks", output)
+    assert re.search(r"from epoch 1, step [024] with 1 of 2 ranks", output)
     Outcome.read(tmp_path / "outcome.npz").check_is_close_to(without_dropout)
     assert ranks(doomed_cluster.folder) == []  # of the files on a machine that is lost nobody can take care
     sys.stdout.write(output[-400:])

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 DIGITS = str(REPOSITORY / "examples" / "digits.py")
 SUBMIT = str(Path(pyspark.__file__).parent / "bin" / "spark-submit")
 RUN_S = 200.0
-EXIT_S = 60.0  # of which Spark's own shutdown takes some seconds
+EXIT_S = 20.0  # of which Spark's own shutdown takes some seconds
 
 
 class Watchdog:
@@ -99,7 +99,7 @@ model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
 model.compile("sgd", "mse")
 spark = SparkSession.builder.master(sys.argv[1]).getOrCreate()
 print("slots at the start:", count_slots(spark.sparkContext), flush=True)
-history = SparkModel(model, num_ranks=2, timeouts=Timeouts(slots_s=120)).fit((np.ones((8, 3)), np.ones(8)), verbose=2)
+history = SparkModel(model, num_ranks=2).fit((np.ones((8, 3)), np.ones(8)), verbose=2)
 print("slots at the end:", count_slots(spark.sparkContext))
 try:
     SparkModel(model, num_ranks=3, timeouts=Timeouts(slots_s=1)).fit((np.ones((8, 3)), np.ones(8)), verbose=2)

@@ -164,16 +164,17 @@ def test_a_silent_rank_makes_the_others_fail_instead_of_hang(doomed_ranks):
     assert outcomes.pop(silent).error is None
     for outcome in outcomes:
         assert outcome.error == "CollectiveTimeoutError"
-        assert 0.4 < outcome.took_s < 10
+        assert 0.4 < outcome.took_s < 3
         for words in ("allreduce(sum) float32 [3]", "12 bytes", f"{silent}"):
             assert words in outcome.message
-        assert 0.5 <= waited_s(outcome.message) < 10
+        assert waited_s(outcome.message) >= 0.5
+        assert waited_s(outcome.message) == pytest.approx(outcome.took_s, abs=0.2)
 
 
 def test_a_broken_group_stays_broken(doomed_ranks):
     messages = doomed_ranks.run("error_after_a_timeout", silent=0)
     for message in messages[1:]:
-        assert 0.3 <= waited_s(message) < 10
+        assert 0.3 <= waited_s(message) < 3
         assert "took 0 s" in message
 
 
@@ -215,7 +216,7 @@ def test_a_rank_that_comes_after_an_abort_fails_too(doomed_ranks):
 
 def test_abort_never_waits(doomed_ranks):
     outcomes = doomed_ranks.outcomes("leave", how="abort")
-    assert all(outcome.error is None and outcome.took_s < 5 for outcome in outcomes)
+    assert all(outcome.error is None and outcome.took_s < 0.5 for outcome in outcomes)
 
 
 def test_another_thread_may_abort_a_rank_that_waits(doomed_ranks):

@@ -90,7 +90,7 @@ def test_a_rank_that_was_killed_is_no_zombie_and_the_next_one_starts(start):
         rank = start("trains_and_ignores_signals")
         pid = pid_of(rank)
         rank.kill()
-        wait_until(lambda pid=pid: not is_there(pid), "it is reaped")
+        assert not is_there(pid)
 
 
 def test_a_rank_that_is_killed_from_outside_is_reported_with_its_signal_and_no_zombie(start):

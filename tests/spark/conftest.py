@@ -51,7 +51,7 @@ def nothing_is_left(own_temporary_folder: str) -> Iterator[None]:
 
     before = all_there_is()
     yield
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 3
     while any(left := [now - then for now, then in zip(all_there_is(), before, strict=True)]):
         assert time.monotonic() < deadline, "left behind: ranks {}, shared memory {}, folders {}".format(*left)
         time.sleep(0.1)

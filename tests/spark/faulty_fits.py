@@ -61,6 +61,13 @@ def kill_agent() -> None:
     signal.pause()
 
 
+def kill_agent_once_saved(store: Path, epoch: int) -> None:
+    """When a checkpoint of this epoch is complete: the other rank waits for this one's next step meanwhile."""
+    while not any(store.glob(f"{epoch:06d}-*/manifest.json")):
+        time.sleep(0.01)
+    kill_agent()
+
+
 def stop_agent() -> None:
     os.kill(ancestor(2), signal.SIGSTOP)
     signal.pause()

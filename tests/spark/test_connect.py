@@ -6,7 +6,6 @@ One server for the module, with two slots, as `sbin/start-connect-server.sh` sta
 from __future__ import annotations
 
 import _thread
-import contextlib
 import json
 import logging
 import os
@@ -115,9 +114,7 @@ def server(
             yield f"sc://127.0.0.1:{started[1]}"
         finally:
             process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            process.kill()
+            process.wait(30)
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_a_rank_that_is_killed_ends_the_fit_within_seconds_and_is_named(
     in_background(kill)
     with pytest.raises(RankFailedError) as caught:
         fit(callbacks=[Slow(tmp_path)])
-    assert time.monotonic() - killed_at[0] < 25
+    assert time.monotonic() - killed_at[0] < 5
     error = caught.value
     assert (error.rank, error.phase, error.step) == (1, "train", 2)
     assert error.host == os.uname().nodename
@@ -234,7 +234,7 @@ def test_cancelling_the_users_own_job_group_cancels_the_fit(
     try:
         with pytest.raises(CancelledError, match="nightly"):
             fit(callbacks=[Slow(tmp_path)])
-        assert time.monotonic() - cancelled_at[0] < 25
+        assert time.monotonic() - cancelled_at[0] < 8
     finally:
         context._jsc.clearJobGroup()
 
@@ -252,7 +252,7 @@ def test_a_rank_that_hangs_is_named_when_its_step_takes_too_long(
     in_background(stop)
     with pytest.raises(RankFailedError) as caught:
         fit(timeouts=Timeouts(step_s=12.0), callbacks=[Pausing(tmp_path)])
-    assert time.monotonic() - stopped_at[0] < 60
+    assert time.monotonic() - stopped_at[0] < 20
     # Rank 0 waits for it, and so has not gone on either: from outside they cannot always be told apart.
     assert caught.value.rank == 1 or "ranks [1]" in caught.value.cause
     assert "Timeouts.step_s" in caught.value.cause
@@ -297,7 +297,7 @@ def test_ctrl_c_on_the_driver_leaves_no_rank(nothing_is_left: None, tmp_path: Pa
         try:
             pids = [pid_of_rank(tmp_path, rank) for rank in (0, 1)]
             os.killpg(driver.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
-            output, _ = driver.communicate(timeout=90)
+            output, _ = driver.communicate(timeout=20)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(driver.pid, signal.SIGKILL)
