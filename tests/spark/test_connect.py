@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from faulty_fits import Fault, Outcome, X, Y, fit, kill_agent, kill_rank, raise_
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from waiting import wait_until
 
 from allreduce_spark import AllReduceEstimator, Checkpoint, SparkModel, Timeouts, run, search
 from allreduce_spark.communicator.horovod_environment import installed
@@ -138,7 +139,7 @@ def no_process_is_left(own_temporary_folder: str) -> Iterator[None]:
     """After the test there are no ranks, nor what leads them."""
     before = processes(own_temporary_folder)
     yield
-    wait_until(lambda: processes(own_temporary_folder) <= before, 60)
+    wait_until(lambda: processes(own_temporary_folder) <= before, "no process is left", 60)
 
 
 def processes(temporary_folder: str) -> set[int]:
@@ -151,13 +152,6 @@ def processes(temporary_folder: str) -> set[int]:
         except OSError:
             pass  # it has ended meanwhile
     return found
-
-
-def wait_until(is_so: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
 
 
 def assert_close(outcome: Outcome, expected: Outcome) -> None:
@@ -321,7 +315,7 @@ def test_what_is_wrong_with_rows_arguments_and_slots_is_said_in_our_own_words(
     )
     thread.start()
     try:
-        wait_until((tmp_path / "occupied").exists, 60)
+        wait_until((tmp_path / "occupied").exists, "the slot is taken", 60)
         with pytest.raises(ConfigError, match="2 free slots at once, and for 4 s no task ran"):
             SparkModel(plain(), num_ranks=2, timeouts=Timeouts(slots_s=4)).fit((X[:, :3], Y), verbose=0)
     finally:
@@ -384,7 +378,7 @@ def test_who_interrupts_a_fit_ends_its_ranks(
     session: SparkSession, tmp_path: Path, no_process_is_left: None, how: str
 ) -> None:
     def interrupt() -> None:
-        wait_until(lambda: steps_in(tmp_path) > 3, 120)
+        wait_until(lambda: steps_in(tmp_path) > 3, "the ranks train", 120)
         if how == "Ctrl-C":
             _thread.interrupt_main()
         else:

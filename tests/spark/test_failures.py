@@ -21,6 +21,7 @@ from leftovers import scratch_folders
 from py4j.protocol import Py4JJavaError
 from pyspark import cloudpickle as spark_cloudpickle
 from pyspark.sql import SparkSession
+from waiting import wait_until
 
 from allreduce_spark import SparkModel, Timeouts
 from allreduce_spark.errors import CancelledError, DataError, RankFailedError
@@ -94,18 +95,10 @@ class OnOneRank(keras.callbacks.Callback):
             self.deed()
 
 
-def wait_for(condition: Any, limit_s: float = LIMIT_S) -> Any:
-    deadline = time.monotonic() + limit_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-    return value
-
-
 def pid_of_rank(folder: Path, rank: int) -> int:
     """The process of a rank that has trained for three steps."""
-    wait_for(lambda: len(list(folder.glob("rank-*"))) == 2)
-    return int(wait_for((folder / f"rank-{rank}").read_text))
+    wait_until(lambda: len(list(folder.glob("rank-*"))) == 2, "both ranks train", LIMIT_S)
+    return int(wait_until((folder / f"rank-{rank}").read_text, "the rank has said who it is", LIMIT_S))
 
 
 def parent_of(pid: int) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 pytestmark = pytest.mark.spark
 
@@ -92,13 +93,6 @@ class Driver:
         self.log.close()
 
 
-def eventually(is_so: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not is_so():
-        assert time.monotonic() < deadline, f"{what} cannot be seen"
-        time.sleep(0.1)
-
-
 def read(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=WAIT_S) as answer:
         return answer.read()
@@ -150,13 +144,15 @@ def test_the_key_of_a_fit_is_where_nobody_else_can_look(
 
     (driver.folder / "looked").touch()
     driver.wait_for("trained")  # Spark writes the last of its events down when a stage ends
-    eventually(lambda: b"SparkListenerStageCompleted" in b"".join(driver.events()), "the events of the fit")
+    wait_until(
+        lambda: b"SparkListenerStageCompleted" in b"".join(driver.events()), "the fit's events are there", WAIT_S
+    )
     assert places() == set()
 
     (driver.folder / "looked again").touch()
     driver.wait_for("shown")
     # In a log, a file, a command line, an environment, Spark's events and its pages.
     for where in ("log", "tmp/key", "sh", "sleep", "events/", "/api/v1/"):
-        eventually(lambda where=where: any(place.startswith(where) for place in places()), f"the key in {where}")
+        wait_until(lambda where=where: any(place.startswith(where) for place in places()), f"a key in {where}", WAIT_S)
     (driver.folder / "looked at last").touch()
     assert driver.process.wait(WAIT_S) == 0, (driver.folder / "log").read_text()[-5000:]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_spark.errors import ConfigError
 from allreduce_spark.spark.tuning.study import Direction, State
 from allreduce_spark.training.models.ensemble import Method, ensemble_of
-from allreduce_spark.training.models.model_bytes import load_model, model_and_code
+from allreduce_spark.training.models.model_bytes import model_and_code, model_from_bytes
 
 if TYPE_CHECKING:
     import keras
@@ -61,10 +59,7 @@ class KeptModel:
 
     def load(self) -> keras.Model:
         """A new model each time, compiled, with the state of its optimizer."""
-        with tempfile.TemporaryDirectory(prefix="allreduce_spark-") as folder:
-            path = Path(folder) / "model.keras"
-            path.write_bytes(self.archive)
-            return load_model(path, self.custom_objects)
+        return model_from_bytes(self.archive, self.custom_objects)
 
 
 @dataclass(frozen=True)

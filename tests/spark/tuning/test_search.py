@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 import threading
-import time
 from typing import Any
 
 import cloudpickle
@@ -16,6 +15,7 @@ import pandas
 import pytest
 from faulty_fits import Fault, Faults, kill_agent, kill_rank
 from pyspark import cloudpickle as spark_cloudpickle
+from waiting import wait_until
 
 from allreduce_spark.communicator.horovod_environment import installed
 from allreduce_spark.errors import CancelledError, ConfigError, DataError, MissingDependencyError, SearchError
@@ -56,10 +56,8 @@ def nothing_stays(spark):
     yield
     assert not [thread for thread in set(threading.enumerate()) - threads if thread.name.startswith("allreduce-spark")]
     assert not set(kept()) - before
-    deadline = time.monotonic() + 20  # of a job's end its tracker hears after the job's caller
-    while jobs := spark.sparkContext.statusTracker().getActiveJobsIds():
-        assert time.monotonic() < deadline, f"jobs {jobs} still run"
-        time.sleep(0.05)
+    tracker = spark.sparkContext.statusTracker()  # which hears of a job's end after the job's caller
+    wait_until(lambda: not tracker.getActiveJobsIds(), "no job runs", 20)
 
 
 @pytest.mark.spark
